@@ -1,0 +1,93 @@
+"""Decide where LoRA capacity goes: gradient-based allocation under an exact parameter budget.
+
+>>> import gradrank as gr
+>>> gr.Budget.parse("uniform:8")
+Budget(kind='uniform', value=8)
+
+Importing this package loads no torch; names are resolved when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradrank.adapters.export import ExportReport as ExportReport
+    from gradrank.core.budget import Budget as Budget
+    from gradrank.core.errors import BudgetError as BudgetError
+    from gradrank.core.errors import DataError as DataError
+    from gradrank.core.errors import GradrankError as GradrankError
+    from gradrank.core.errors import MeasurementError as MeasurementError
+    from gradrank.core.errors import OptionError as OptionError
+    from gradrank.core.errors import OutputError as OutputError
+    from gradrank.core.errors import PlanError as PlanError
+    from gradrank.core.errors import TargetError as TargetError
+    from gradrank.core.plan import Plan as Plan
+    from gradrank.core.plan import PlannedTarget as PlannedTarget
+    from gradrank.core.targets import Target as Target
+    from gradrank.methods.depth import Depth as Depth
+    from gradrank.methods.gard import Gard as Gard
+    from gradrank.methods.gradient_norm import GradientNorm as GradientNorm
+    from gradrank.methods.method import Assessment as Assessment
+    from gradrank.methods.method import Method as Method
+    from gradrank.methods.permuted import Permuted as Permuted
+    from gradrank.methods.random_scores import RandomScores as RandomScores
+    from gradrank.methods.registry import METHODS as METHODS
+    from gradrank.methods.reversed_order import Reversed as Reversed
+    from gradrank.methods.uniform import Uniform as Uniform
+    from gradrank.methods.waterfill import Waterfill as Waterfill
+    from gradrank.record import RunRecord as RunRecord
+    from gradrank.session import allocate as allocate
+    from gradrank.session import apply as apply
+    from gradrank.session import export as export
+    from gradrank.session import measure as measure
+    from gradrank.session import plan as plan
+    from gradrank.signals.measure import MeanGradient as MeanGradient
+    from gradrank.signals.measure import Spectrum as Spectrum
+    from gradrank.signals.measurement import Measurement as Measurement
+
+_WHERE = {
+    "gradrank.adapters.export": ("ExportReport",),
+    "gradrank.core.budget": ("Budget",),
+    "gradrank.core.errors": (
+        "BudgetError",
+        "DataError",
+        "GradrankError",
+        "MeasurementError",
+        "OptionError",
+        "OutputError",
+        "PlanError",
+        "TargetError",
+    ),
+    "gradrank.core.plan": ("Plan", "PlannedTarget"),
+    "gradrank.core.targets": ("Target",),
+    "gradrank.methods.depth": ("Depth",),
+    "gradrank.methods.gard": ("Gard",),
+    "gradrank.methods.gradient_norm": ("GradientNorm",),
+    "gradrank.methods.method": ("Assessment", "Method"),
+    "gradrank.methods.permuted": ("Permuted",),
+    "gradrank.methods.random_scores": ("RandomScores",),
+    "gradrank.methods.registry": ("METHODS",),
+    "gradrank.methods.reversed_order": ("Reversed",),
+    "gradrank.methods.uniform": ("Uniform",),
+    "gradrank.methods.waterfill": ("Waterfill",),
+    "gradrank.record": ("RunRecord",),
+    "gradrank.session": ("allocate", "apply", "export", "measure", "plan"),
+    "gradrank.signals.measure": ("MeanGradient", "Spectrum"),
+    "gradrank.signals.measurement": ("Measurement",),
+}
+_NAMES = {name: module for module, names in _WHERE.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = ["__version__", *sorted(_NAMES)]  # noqa: PLE0604 - built from the table above
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'gradrank' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,97 @@
+"""Build the PeftModel of a plan, and check that it is what the plan says."""
+
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from gradrank.adapters.config import lora_config
+from gradrank.core.errors import PlanError
+from gradrank.core.plan import Plan
+from gradrank.signals.layers import find_sites
+
+
+def apply_plan(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: Any) -> PeftModel:
+    """Wrap a base model with the LoRA layers of a plan.
+
+    Args:
+        plan: The plan.
+        model: The base model; its modules are wrapped in place, as PEFT does.
+        lora_alpha: Alpha at the reference rank.
+        **options: Further options of :func:`gradrank.adapters.config.lora_config`.
+
+    Returns:
+        The PEFT model, whose adapter has exactly ``plan.parameters`` parameters.
+
+    Raises:
+        PlanError: If the model lacks a target, has it in another shape, or already carries an
+            adapter; the model is left as it was.
+    """
+    if isinstance(model, PeftModel):
+        raise PlanError(
+            "the model carries an adapter already. Pass the base model, or merge the adapter "
+            "first (model.merge_and_unload())."
+        )
+    _check_fit(plan, model)
+    config = lora_config(plan, lora_alpha, **options)
+    wrapped = get_peft_model(model, config)
+    built = adapter_ranks(wrapped)
+    expected = {name: rank for name, rank in plan.ranks.items() if rank}
+    if built != expected:
+        wrong = sorted(set(built.items()) ^ set(expected.items()))[:4]
+        raise PlanError(f"PEFT built other ranks than the plan: {wrong}.")
+    return wrapped
+
+
+def adapter_ranks(model: nn.Module, adapter: str = "default") -> dict[str, int]:
+    """Return the LoRA rank of every adapted module, by its name in the base model.
+
+    Args:
+        model: A PEFT model.
+        adapter: Name of the adapter.
+
+    Returns:
+        Rank per module, in model order.
+    """
+    return {
+        name.removeprefix("base_model.model."): int(layer.r[adapter])
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter in layer.r
+    }
+
+
+def count_trainable(model: nn.Module) -> dict[str, int]:
+    """Count trainable parameters, the adapter's and others (a task head) apart.
+
+    Args:
+        model: The model.
+
+    Returns:
+        ``{"adapter": n, "other": n}``.
+    """
+    counts = {"adapter": 0, "other": 0}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts["adapter" if ".lora_" in name else "other"] += parameter.numel()
+    return counts
+
+
+def _check_fit(plan: Plan, model: nn.Module) -> None:
+    wanted = {p.target.name: p.target for p in plan.targets if p.rank}
+    if not wanted:
+        raise PlanError("the plan gives rank 0 to every target, so there is no adapter to build.")
+    modules = {name for name, _ in model.named_modules()}
+    missing = [name for name in wanted if name not in modules]
+    if missing:
+        raise PlanError(
+            f"the model has no module '{missing[0]}' ({len(missing)} of {len(wanted)} targets of "
+            "the plan are missing). The plan was made for another model."
+        )
+    for site in find_sites(model, list(wanted)):
+        made, found = wanted.get(site.target.name, site.target), site.target
+        if (made.d_in, made.d_out) != (found.d_in, found.d_out):
+            raise PlanError(
+                f"'{made.name}' is {made.d_out} x {made.d_in} in the plan and {found.d_out} x "
+                f"{found.d_in} in the model. The plan was made for another model."
+            )

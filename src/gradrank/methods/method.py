@@ -1,0 +1,174 @@
+"""What a method is: options, the signals it needs, scores, and ranks within a budget."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from types import NoneType
+from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
+
+from gradrank.core.errors import OptionError, nearest
+from gradrank.core.targets import Target
+from gradrank.signals.measure import Signal
+from gradrank.signals.measurement import Measurement
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What a method makes of a measurement.
+
+    Attributes:
+        scores: One number per target, 0 or more; larger deserves more capacity.
+        gains: For methods that price each direction: gain of rank 1, 2, ... per target. Unit:
+            the method's own; None for methods that only score.
+        details: Further columns per target for the plan, plain data.
+    """
+
+    scores: Mapping[str, float]
+    gains: Mapping[str, Sequence[float]] | None = None
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A way to decide where capacity goes; a frozen dataclass whose fields are its options.
+
+    A method lives in one file of this package and one line of the registry. It must be
+    deterministic, must not depend on the order of the targets, and must keep the budget.
+
+    Attributes:
+        name: As in the registry.
+        summary: One line for listings.
+        source: Paper and section or equation, or "gradrank".
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+
+    def signals(self) -> tuple[Signal, ...]:
+        """Return what must be measured; empty for methods that look at no data."""
+        ...
+
+    def assess(self, targets: Sequence[Target], measurement: Measurement | None) -> Assessment:
+        """Return scores (and gains) of the targets."""
+        ...
+
+    def ranks(
+        self, targets: Sequence[Target], assessment: Assessment, budget: int
+    ) -> dict[str, int]:
+        """Return a rank per target, zeros included, within ``budget`` parameters."""
+        ...
+
+
+def option(default: Any, text: str) -> Any:
+    """Return a dataclass field that is an option with a help text.
+
+    Args:
+        default: Its default.
+        text: What it does, with its unit and range.
+
+    Returns:
+        The field.
+    """
+    return field(default=default, metadata={"help": text})
+
+
+def describe_options(method: type) -> list[dict[str, Any]]:
+    """Return a method's options for listings.
+
+    Args:
+        method: The method's class.
+
+    Returns:
+        Per option: ``name``, ``default``, ``type`` and ``help``.
+    """
+    return [
+        {
+            "name": item.name,
+            "default": None if item.default is MISSING else item.default,
+            "type": " or ".join(_type_names(item)),
+            "help": item.metadata.get("help", ""),
+        }
+        for item in fields(method)
+    ]
+
+
+def build(method: type, options: Mapping[str, Any]) -> Any:
+    """Build a method from options as users write them (text or plain values).
+
+    Args:
+        method: The method's class.
+        options: Values by option name; text is converted to the option's type.
+
+    Returns:
+        The method.
+
+    Raises:
+        OptionError: If an option is unknown or its value has the wrong type or range.
+    """
+    known = {item.name: item for item in fields(method)}
+    values: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in known:
+            hint = nearest(name, known) if known else "It has no options."
+            raise OptionError(f"method '{method.name}' has no option '{name}'. {hint}")
+        values[name] = _convert(method.name, known[name], value)
+    return method(**values)
+
+
+def require(ok: bool, method: str, name: str, value: Any, rule: str) -> None:
+    """Refuse an option's value.
+
+    Args:
+        ok: Whether the value is legal.
+        method: Name of the method.
+        name: Name of the option.
+        value: The value.
+        rule: What is legal, for the message.
+
+    Raises:
+        OptionError: If ``ok`` is false.
+    """
+    if not ok:
+        raise OptionError(f"option '{name}' of method '{method}' is {value!r}; it must be {rule}.")
+
+
+def check_rank_bounds(method: str, r_min: int, r_max: int | None) -> None:
+    """Refuse impossible rank bounds.
+
+    Args:
+        method: Name of the method.
+        r_min: Smallest rank of every target.
+        r_max: Largest rank, or None.
+    """
+    require(r_min >= 0, method, "r_min", r_min, "0 or more")
+    legal = r_max is None or r_max >= max(r_min, 1)
+    require(legal, method, "r_max", r_max, f"at least r_min = {r_min} and at least 1")
+
+
+def _type_names(item: "Field[Any]") -> list[str]:
+    kinds = get_args(item.type) or (item.type,)
+    return ["none" if kind is NoneType else getattr(kind, "__name__", str(kind)) for kind in kinds]
+
+
+def _convert(method: str, item: "Field[Any]", value: Any) -> Any:
+    """Convert a value to an option's type, refusing what would lose information."""
+    kinds = _type_names(item)
+    text = value.strip() if isinstance(value, str) else value
+    if "none" in kinds and (value is None or str(text).lower() in {"none", "null"}):
+        return None
+    if "bool" in kinds and (
+        isinstance(value, bool) or str(text).lower() in {"true", "false", "yes", "no", "1", "0"}
+    ):
+        return str(text).lower() in {"true", "yes", "1"}
+    try:
+        if "int" in kinds and not isinstance(value, bool) and int(text) == float(text):
+            return int(text)
+        if "float" in kinds and not isinstance(value, bool):
+            return float(text)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    if "str" in kinds and isinstance(value, str):
+        return text
+    raise OptionError(
+        f"option '{item.name}' of method '{method}' is {value!r}; it takes {' or '.join(kinds)}."
+    )

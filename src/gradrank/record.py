@@ -1,0 +1,124 @@
+"""Run records: what a run was, what it cost and what came out, as versioned JSON.
+
+A record is plain data, so that reports can be drawn years later without torch. It is written
+whole or not at all; a record without ``status: finished`` is never taken for a finished run.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradrank.core.errors import DataError
+from gradrank.core.files import read_json, write_json
+
+SCHEMA = "gradrank.record/1"
+STATUSES = ("finished", "interrupted", "failed")
+
+
+@dataclass
+class RunRecord:
+    """One run.
+
+    Attributes:
+        name: Short label for figures (``uniform``, ``gard``).
+        kind: ``plan`` (measured and allocated) or ``train``.
+        status: ``finished``, ``interrupted`` or ``failed``.
+        created: UTC time of the start, ISO 8601.
+        config: Everything that replays the run with ``gradrank VERB --config``.
+        environment: Versions, device, dtype, threads.
+        seeds: ``run`` (initialisation, data order) and ``calibration`` (measuring).
+        plan: The plan (schema ``gradrank.plan/1``), or None.
+        measurement: Summary of the measurement: ``batches``, ``examples``, ``tokens``,
+            ``estimator``, ``sketch_dim``, ``seconds``, ``peak_memory_bytes`` and per target
+            ``eigenvalues`` (descending, of the M x M Gram matrix), ``effective_rank``,
+            ``entropy_rank``, ``stable_rank``, ``energy`` (trace of the Gram matrix) and, if
+            measured, ``singular_values`` of the mean gradient; None if nothing was measured.
+        losses: ``train`` and ``eval``: lists of ``[step, loss]``, loss in nats per predicted
+            item.
+        ranks_over_time: List of ``[step, {target: rank}]``; one entry for static methods.
+        metrics: Final metrics by name (``eval_loss``, ``perplexity``, ``accuracy``, ...).
+        cost: ``measure_seconds``, ``train_seconds``, ``eval_seconds``, ``steps``,
+            ``tokens``, ``peak_memory_bytes`` and what else is known.
+        trainable_parameters: ``peak`` and ``final`` of the adapter, ``other`` (a task head).
+    """
+
+    name: str
+    kind: str
+    status: str = "finished"
+    created: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    plan: Mapping[str, Any] | None = None
+    measurement: Mapping[str, Any] | None = None
+    losses: Mapping[str, list[list[float]]] = field(default_factory=dict)
+    ranks_over_time: list[Any] = field(default_factory=list)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+    trainable_parameters: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain data; NaN and infinity become None (JSON has neither)."""
+        return {"schema": SCHEMA, **_finite(asdict(self))}
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write ``record.json`` atomically.
+
+        Args:
+            path: The file.
+            overwrite: Whether an existing file may be replaced.
+        """
+        write_json(Path(path), self.to_dict(), overwrite)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "record") -> "RunRecord":
+        """Read a record from plain data.
+
+        Args:
+            data: What :meth:`to_dict` returns.
+            where: Where it came from, for messages.
+
+        Returns:
+            The record.
+
+        Raises:
+            DataError: If the schema, a field or a field's type is wrong.
+        """
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise DataError(f"{where} is no record: expected '{SCHEMA}', found {found!r}.")
+        known = set(cls.__dataclass_fields__)
+        unknown = sorted(set(data) - known - {"schema"})
+        if unknown or not {"name", "kind"} <= set(data):
+            raise DataError(f"{where} is malformed: unknown fields {unknown} or no name and kind.")
+        record = cls(**{key: value for key, value in data.items() if key in known})
+        if record.status not in STATUSES:
+            raise DataError(f"{where} has status {record.status!r}; known: {', '.join(STATUSES)}.")
+        for key in ("config", "environment", "losses", "metrics", "cost", "trainable_parameters"):
+            if not isinstance(getattr(record, key), dict):
+                raise DataError(f"{where}: field '{key}' must be an object.")
+        return record
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RunRecord":
+        """Read ``record.json``.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The record.
+        """
+        return cls.from_dict(read_json(Path(path), "record"), f"'{path}'")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,305 @@
+"""Floor 5: measure, allocate, plan, apply, as plain functions."""
+
+import importlib.metadata
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradrank.adapters.apply import apply_plan, count_trainable
+from gradrank.adapters.export import ExportReport, export
+from gradrank.core.budget import Budget
+from gradrank.core.errors import BudgetError, MeasurementError, OptionError, nearest
+from gradrank.core.plan import Plan, PlannedTarget
+from gradrank.core.targets import Target
+from gradrank.methods.method import Method
+from gradrank.methods.registry import create
+from gradrank.reliability import split_half
+from gradrank.signals.distributed import all_or_none, is_distributed, merge_across_processes
+from gradrank.signals.layers import ALL_LINEAR, ambiguous_suffixes, find_sites
+from gradrank.signals.measure import SIGNALS, LossFunction, Progress, Signal, run
+from gradrank.signals.measurement import Measurement
+
+__all__ = ["ExportReport", "allocate", "apply", "count_trainable", "export", "measure", "plan"]
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterable[Any],
+    signal: "str | Signal | Sequence[str | Signal]" = "spectrum",
+    targets: str | Sequence[str] = ALL_LINEAR,
+    *,
+    num_batches: int = 32,
+    accumulate: int = 1,
+    seed: int = 0,
+    loss_function: LossFunction | None = None,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Measure gradients of a few mini-batches.
+
+    The model is handed back as it was found: no hook, no ``requires_grad``, no mode and no random
+    state changes, also after an error. Under ``torch.distributed`` every process measures its own
+    batches and all end with the same merged measurement.
+
+    Args:
+        model: The model, plain or wrapped by PEFT, in any dtype, frozen or not, quantised or not.
+        batches: Mini-batches (mappings with labels, as for training).
+        signal: ``"spectrum"`` (GARD), ``"mean-gradient"`` (water-filling), requests with options,
+            or several of these: one pass serves all sketches.
+        targets: ``"all-linear"`` or names of modules.
+        num_batches: Mini-batches M to take, per process.
+        accumulate: Micro-batches per mini-batch: the gradient of a mini-batch is that of
+            ``accumulate`` items of ``batches`` together.
+        seed: Seed of sketches, shuffling and dropout while measuring.
+        loss_function: ``(model, batch) -> scalar``; default: the model's own loss.
+        progress: Called with (done, total) after each mini-batch.
+
+    Returns:
+        The measurement.
+
+    Raises:
+        OptionError: If the signal is unknown or a count is below 1.
+    """
+    if num_batches < 1 or accumulate < 1:
+        raise OptionError(
+            f"num_batches={num_batches} and accumulate={accumulate} must be at least 1."
+        )
+    signals = _signals(signal)
+    sites = find_sites(model, targets)
+    groups = _take(batches, num_batches, accumulate, seed)
+    found = [site.target for site in sites]
+
+    def work() -> Measurement:
+        return run(model, sites, groups, signals, seed, loss_function, progress)
+
+    measurement = merge_across_processes(all_or_none(work))
+    info = {
+        **measurement.info,
+        "base_parameters": base_parameters(model),
+        "ambiguous_suffixes": ambiguous_suffixes(model, found),
+        "model_name": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
+        "accumulate": accumulate,
+        "processes": torch.distributed.get_world_size() if is_distributed() else 1,
+    }
+    return Measurement(
+        measurement.targets, measurement.spectrum, measurement.mean_gradient, info
+    )
+
+
+def allocate(
+    measurement: Measurement | Sequence[Target],
+    method: "str | Method" = "gard",
+    budget: "str | int | Budget" = "uniform:8",
+    *,
+    options: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Decide where the budget goes.
+
+    Args:
+        measurement: A measurement; or plain targets, for methods that look at no data.
+        method: Name of a method, or a method with its options.
+        budget: Parameters (``200000``), ``"uniform:8"``, a percentage (``"0.5%"``) or a Budget.
+        options: Options, when the method is given by name.
+        provenance: Further facts to keep in the plan.
+
+    Returns:
+        The plan; it never spends more than the budget.
+
+    Raises:
+        OptionError: If the method is unknown, or options are given beside a method object.
+        MeasurementError: If the method needs a measurement.
+        BudgetError: If the method overspends (a defect of the method).
+    """
+    chosen = _method(method, options)
+    known = measurement if isinstance(measurement, Measurement) else None
+    targets = known.targets if known else tuple(measurement)  # pyright: ignore[reportArgumentType]
+    if chosen.signals() and known is None:
+        raise MeasurementError(
+            f"method '{chosen.name}' needs a measurement, and only targets were given. Call "
+            "measure(model, batches) first."
+        )
+    info = dict(known.info) if known else {}
+    info |= dict(provenance or {})
+    budget = Budget.parse(budget)
+    parameters = budget.resolve(targets, int(info.get("base_parameters") or 0))
+    assessment = chosen.assess(targets, known)
+    ranks = chosen.ranks(targets, assessment, parameters)
+    spent = sum(ranks[target.name] * target.cost for target in targets)
+    if spent > parameters:
+        raise BudgetError(f"method '{chosen.name}' spent {spent:,} of {parameters:,} parameters.")
+    reliability = None
+    if known is not None and chosen.signals():
+        reliability = split_half(chosen, targets, known, assessment)
+    return Plan(
+        method=chosen.name,
+        options=_options(chosen),
+        budget=budget,
+        budget_parameters=parameters,
+        targets=tuple(
+            PlannedTarget(
+                target,
+                ranks[target.name],
+                float(assessment.scores[target.name]),
+                dict(assessment.details.get(target.name, {})),
+            )
+            for target in targets
+        ),
+        reliability=reliability,
+        provenance={
+            "gradrank": importlib.metadata.version("gradrank"),
+            **info,
+            "batches": known.batches if known else 0,
+        },
+    )
+
+
+def plan(
+    model: nn.Module,
+    batches: Iterable[Any],
+    method: "str | Method" = "gard",
+    budget: "str | int | Budget" = "uniform:8",
+    *,
+    targets: str | Sequence[str] = ALL_LINEAR,
+    options: Mapping[str, Any] | None = None,
+    **measuring: Any,
+) -> Plan:
+    """Measure and allocate in one step: the two-line use.
+
+    Args:
+        model: The model.
+        batches: Mini-batches (mappings with labels, as for training).
+        method: Name of a method, or a method with its options.
+        budget: Parameters (``200000``), ``"uniform:8"``, a percentage (``"0.5%"``) or a Budget.
+        targets: ``"all-linear"`` or names of modules.
+        options: Options, when the method is given by name.
+        **measuring: Further arguments of :func:`measure` (``num_batches``, ``seed``, ...).
+
+    Returns:
+        The plan; ``get_peft_model(model, plan.lora_config())`` builds it.
+    """
+    chosen = _method(method, options)
+    budget = Budget.parse(budget)
+    if chosen.signals():
+        measurement = measure(model, batches, chosen.signals(), targets, **measuring)
+        return allocate(measurement, chosen, budget)
+    return allocate(
+        find_targets(model, targets), chosen, budget, provenance=model_facts(model, targets)
+    )
+
+
+def apply(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: Any) -> Any:
+    """Build the PEFT model of a plan and check that it is exactly that.
+
+    Args:
+        plan: The plan.
+        model: The base model; its modules are wrapped in place, as PEFT does.
+        lora_alpha: Alpha at the reference rank.
+        **options: ``scaling``, ``policy`` and any field of ``peft.LoraConfig``.
+
+    Returns:
+        The ``peft.PeftModel``.
+    """
+    return apply_plan(plan, model, lora_alpha, **options)
+
+
+def find_targets(
+    model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR
+) -> tuple[Target, ...]:
+    """Return the targets of a model without measuring anything.
+
+    Args:
+        model: The model.
+        targets: ``"all-linear"`` or names of modules.
+
+    Returns:
+        The targets, in model order.
+    """
+    return tuple(site.target for site in find_sites(model, targets))
+
+
+def model_facts(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> dict[str, Any]:
+    """Return the facts about a model that a plan keeps when nothing was measured.
+
+    Args:
+        model: The model.
+        targets: ``"all-linear"`` or names of modules.
+
+    Returns:
+        Model class and name, its parameters, and whether target names are ambiguous suffixes.
+    """
+    return {
+        "model": type(model).__name__,
+        "model_name": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
+        "base_parameters": base_parameters(model),
+        "ambiguous_suffixes": ambiguous_suffixes(model, find_targets(model, targets)),
+    }
+
+
+def base_parameters(model: nn.Module) -> int:
+    """Count a model's parameters without adapters; tied weights once, packed ones unpacked.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The number of parameters.
+    """
+    total = 0
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        # 4-bit weights of bitsandbytes are packed in bytes and remember their true shape.
+        state = getattr(parameter, "quant_state", None)
+        total += math.prod(state.shape) if state is not None else parameter.numel()
+    return total
+
+
+def _signals(signal: "str | Signal | Sequence[str | Signal]") -> tuple[Signal, ...]:
+    asked = [signal] if isinstance(signal, str) or not isinstance(signal, Sequence) else signal
+    found: list[Signal] = []
+    for item in asked:
+        if isinstance(item, str):
+            if item not in SIGNALS:
+                raise OptionError(f"signal '{item}' is unknown. {nearest(item, SIGNALS)}")
+            item = SIGNALS[item]()  # noqa: PLW2901
+        if type(item) in {type(other) for other in found}:
+            raise OptionError(f"signal {item!r} is asked for twice.")
+        found.append(item)
+    if not found:
+        raise OptionError(f"no signal was asked for. Known: {', '.join(SIGNALS)}.")
+    return tuple(found)
+
+
+def _take(
+    batches: Iterable[Any], num_batches: int, accumulate: int, seed: int
+) -> list[list[Any]]:
+    """Draw the batches, with the random state as it was afterwards (loaders shuffle by it)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        items = list(itertools.islice(batches, num_batches * accumulate))
+    groups = [items[i : i + accumulate] for i in range(0, len(items), accumulate)]
+    if groups and len(groups[-1]) < accumulate:
+        groups.pop()
+    if not groups:
+        raise MeasurementError(
+            f"the data gave {len(items)} batches, fewer than the {accumulate} that one mini-batch "
+            "takes. Give more data, or smaller batches."
+        )
+    return groups
+
+
+def _method(method: "str | Method", options: Mapping[str, Any] | None) -> Method:
+    if isinstance(method, str):
+        return create(method, options)
+    if options:
+        raise OptionError("options belong to the method object; pass them to its constructor.")
+    return method
+
+
+def _options(method: Any) -> dict[str, Any]:
+    fields = getattr(method, "__dataclass_fields__", {})
+    return {name: getattr(method, name) for name in fields}

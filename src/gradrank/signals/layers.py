@@ -1,0 +1,158 @@
+"""Which modules of a model can carry a LoRA adapter, and how they are named and shaped."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from gradrank.core.errors import TargetError
+from gradrank.core.targets import Target, select_names
+
+ALL_LINEAR = "all-linear"
+
+# Heads that a fine-tuning run trains in full (PEFT's modules_to_save) or leaves alone.
+_HEADS = ("lm_head", "embed_out", "score", "classifier", "classification_head", "qa_outputs")
+_ADAPTER_PARTS = (".lora_", ".modules_to_save.", ".original_module.")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A target and the live module that it stands for.
+
+    Attributes:
+        target: The target.
+        module: The module whose inputs and output gradients are observed.
+    """
+
+    target: Target
+    module: nn.Module
+
+
+def find_sites(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> list[Site]:
+    """Find the modules that may receive capacity.
+
+    Names are those of the base model: the prefixes and suffixes that PEFT adds are removed, so a
+    model and its PEFT wrapping have the same targets.
+
+    Args:
+        model: The model, plain or wrapped by PEFT.
+        targets: ``"all-linear"``, or names (full, or their last dotted parts as in PEFT, or
+            ``re:`` and an expression).
+
+    Returns:
+        The sites, in model order.
+
+    Raises:
+        TargetError: If nothing matches, or a wanted module cannot carry LoRA.
+    """
+    named = {_base_name(n): m for n, m in model.named_modules(remove_duplicate=True) if n}
+    sites = {
+        name: Site(Target(name, *shape, kind), module)
+        for name, module in named.items()
+        if (shape := _shape(module)) and (kind := _kind(module)) and not _is_adapter(name)
+    }
+    refused = {name: why for name, module in named.items() if (why := _refusal(module))}
+    if isinstance(targets, str):
+        targets = [part.strip() for part in targets.split(",") if part.strip()]
+    if list(targets) == [ALL_LINEAR]:
+        _refuse(refused, "'all-linear' would have to skip")
+        heads = _head_names(model, sites)
+        chosen = [site for name, site in sites.items() if name not in heads]
+        if not chosen:
+            raise TargetError(
+                f"'all-linear' matches nothing in {type(model).__name__}: it has no linear layer "
+                "besides its head."
+            )
+        return chosen
+    names = select_names([*sites, *refused], list(targets))
+    _refuse({name: refused[name] for name in names if name in refused}, "the targets include")
+    return [sites[name] for name in sites if name in set(names)]
+
+
+def ambiguous_suffixes(model: nn.Module, targets: Sequence[Target]) -> bool:
+    """Tell whether some target's name is also the dotted suffix of another module's name.
+
+    PEFT matches names in a ``target_modules`` list by suffix, so an ambiguous name would adapt a
+    module that the plan does not mean.
+
+    Args:
+        model: The model.
+        targets: The targets.
+
+    Returns:
+        True if an anchored expression must be used instead of a list.
+    """
+    names = {_base_name(name) for name, _ in model.named_modules()}
+    suffixes = {name[i + 1 :] for name in names for i, char in enumerate(name) if char == "."}
+    return any(target.name in suffixes for target in targets)
+
+
+def _base_name(name: str) -> str:
+    """Return a module's name without what DDP, torch.compile and PEFT wrap around it."""
+    for prefix in ("module.", "_orig_mod.", "base_model.model."):
+        name = name.removeprefix(prefix)
+    return name.removesuffix(".base_layer")
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return (d_in, d_out), or None for a module that is no linear layer."""
+    if hasattr(module, "base_layer"):
+        return None
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        weight = module.weight
+        return int(weight.shape[0]), int(weight.shape[1])
+    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(d_in, int) and isinstance(d_out, int) and d_in > 0 and d_out > 0:
+        return d_in, d_out
+    return None
+
+
+def _kind(module: nn.Module) -> str | None:
+    if type(module).__name__ == "Conv1D":
+        return "conv1d"
+    if isinstance(module, nn.Bilinear) or any(True for _ in module.children()):
+        return None
+    quantized = any(not p.is_floating_point() for p in module.parameters(recurse=False))
+    if isinstance(module, nn.Linear) and not quantized:
+        return "linear"
+    # bitsandbytes, GPTQ, AWQ, HQQ, ...: all show in_features and out_features, and PEFT wraps
+    # them; observing needs only their inputs and output gradients.
+    return "quantized-linear"
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Return why a module that holds linear maps cannot be a target, or None."""
+    own = dict(module.named_parameters(recurse=False))
+    experts = [name for name, p in own.items() if p.dim() == 3 and "expert" in _words(module)]
+    if experts:
+        return f"holds expert weights in 3-D parameters ({', '.join(sorted(experts))})"
+    if isinstance(module, nn.MultiheadAttention):
+        return "fuses its projections in one parameter (nn.MultiheadAttention)"
+    return None
+
+
+def _words(module: nn.Module) -> str:
+    return type(module).__name__.lower()
+
+
+def _refuse(refused: dict[str, str], opening: str) -> None:
+    if not refused:
+        return
+    shown = "; ".join(f"'{name}' {why}" for name, why in list(refused.items())[:4])
+    more = f"; and {len(refused) - 4} more" if len(refused) > 4 else ""
+    raise TargetError(
+        f"{opening} modules that gradrank cannot adapt: {shown}{more}. Name the targets to adapt "
+        "instead, for example targets=['q_proj', 'k_proj', 'v_proj', 'o_proj']."
+    )
+
+
+def _is_adapter(name: str) -> bool:
+    return any(part in f".{name}." for part in _ADAPTER_PARTS)
+
+
+def _head_names(model: nn.Module, sites: dict[str, Site]) -> set[str]:
+    """Names of output layers: the model's own output embedding and task heads."""
+    heads = {name for name in sites if any(part in _HEADS for part in name.split("."))}
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if callable(getter) else None
+    return heads | {name for name, site in sites.items() if site.module is output}

@@ -1,0 +1,235 @@
+"""The mean-gradient signal: singular values of each target's gradient averaged over batches.
+
+This is the spectrum that a rank-k update of the weight can follow. It has nothing to do with the
+spectrum over batches of :mod:`gradrank.signals.spectrum`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradrank.core.errors import MeasurementError
+from gradrank.core.targets import Target
+from gradrank.ops.sketch import fold, random_signs, seed_of, singular_values_from_sketches
+from gradrank.signals.spectrum import refuse_non_finite
+
+WHOLE, EVEN, ODD = "whole", "even", "odd"
+
+
+@dataclass
+class MeanGradientStatistic:
+    """Leading singular values of the mean gradient, of all batches and of two halves.
+
+    Attributes:
+        values: ``{part: {target: [k] float64, descending}}``; parts are ``whole``, ``even`` and
+            ``odd`` (batches of even and odd index). Unit: loss per weight.
+        sketches: ``{part: {target: (Y [d_out, k], W [c, d_in])}}``, sums over batches; empty
+            after loading, and then the statistic cannot be merged.
+        counts: Batches per part.
+        seed: Seed of the sketch.
+    """
+
+    values: dict[str, dict[str, Tensor]]
+    sketches: dict[str, dict[str, tuple[Tensor, Tensor]]]
+    counts: dict[str, int]
+    seed: int = 0
+
+    @property
+    def batches(self) -> int:
+        """Number of mini-batches M."""
+        return self.counts[WHOLE]
+
+    def half(self, part: str) -> "MeanGradientStatistic":
+        """Return the statistic of the even or the odd batches.
+
+        Args:
+            part: ``"even"`` or ``"odd"``.
+
+        Returns:
+            A statistic whose ``whole`` is that half.
+        """
+        return MeanGradientStatistic(
+            {WHOLE: self.values[part]}, {}, {WHOLE: self.counts[part]}, self.seed
+        )
+
+    @classmethod
+    def merge(cls, parts: "Sequence[MeanGradientStatistic]") -> "MeanGradientStatistic":
+        """Return the statistic of the batches of several parts together.
+
+        Args:
+            parts: Statistics of the same targets, taken with the same sketch.
+
+        Returns:
+            The merged statistic. Even and odd batches stay with their halves.
+
+        Raises:
+            MeasurementError: If a part no longer has its sketches.
+        """
+        if any(not part.sketches for part in parts):
+            raise MeasurementError(
+                "this measurement was loaded without its sketches and cannot be merged. Measure "
+                "again, or merge before saving."
+            )
+        sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        counts = {half: sum(part.counts[half] for part in parts) for half in (EVEN, ODD)}
+        for half in (EVEN, ODD):
+            sums[half] = {
+                name: (
+                    torch.stack([part.sketches[half][name][0] for part in parts]).sum(0),
+                    torch.stack([part.sketches[half][name][1] for part in parts]).sum(0),
+                )
+                for name in parts[0].sketches[half]
+            }
+        return from_sketches(sums, counts, parts[0].seed)
+
+    def tensors(self, sketches: bool) -> dict[str, Tensor]:  # noqa: ARG002
+        """Return what is saved: the singular values (the sketches are not).
+
+        Args:
+            sketches: Accepted for symmetry with other statistics.
+
+        Returns:
+            ``PART/NAME``.
+        """
+        return {f"{p}/{name}": v for p, named in self.values.items() for name, v in named.items()}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], counts: dict[str, int]
+    ) -> "MeanGradientStatistic":
+        """Read back what :meth:`tensors` returned.
+
+        Args:
+            tensors: Tensors by key.
+            counts: Batches per part.
+
+        Returns:
+            The statistic, without sketches.
+        """
+        values: dict[str, dict[str, Tensor]] = {WHOLE: {}, EVEN: {}, ODD: {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            values[part][name] = tensor
+        return cls(values, {}, counts)
+
+
+class MeanGradientProbe:
+    """Range and co-range sketches of the summed gradient, for even and odd batches apart.
+
+    Keeps each target's input until its output gradient arrives: ``T x d_in`` numbers per distinct
+    input, as ordinary training of the weights would.
+
+    Attributes:
+        size: Width k of the range sketch ``Y = G V``.
+        corange: Height ``2 k + 1`` of the co-range sketch ``W = Uᵀ G``.
+    """
+
+    def __init__(self, targets: Sequence[Target], directions: int, seed: int) -> None:
+        self.size = directions
+        self.corange = 2 * directions + 1
+        self._seed = seed
+        self._targets = list(targets)
+        self._in_signs = {
+            width: random_signs(width, seed_of(seed, "range", width))
+            for width in {target.d_in for target in targets}
+        }
+        self._out_signs = {t.name: out_signs(seed, t.name, t.d_out) for t in targets}
+        self._current: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = {EVEN: {}, ODD: {}}
+        self._counts = {EVEN: 0, ODD: 0}
+
+    def share_key(self, target: Target) -> object:
+        """Share the kept input between targets of one input width."""
+        return target.d_in
+
+    def on_input(self, target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input ``X [T, d_in]`` and ``XV [T, k]``."""
+        signs = self._in_signs[target.d_in] = self._in_signs[target.d_in].to(x.device)
+        return x, fold(x, signs, self.size)
+
+    def on_output_grad(self, target: Target, kept: tuple[Tensor, Tensor], delta: Tensor) -> None:
+        """Add ``Δᵀ (XV)`` and ``(ΔU)ᵀ X``."""
+        x, projected = kept
+        signs = self._out_signs[target.name] = self._out_signs[target.name].to(delta.device)
+        range_part = delta.float().T @ projected
+        corange_part = fold(delta, signs, self.corange).T @ x.float()
+        _add(self._current, target.name, (range_part, corange_part))
+
+    def end_batch(self, batch: int) -> None:
+        """Close a mini-batch: add its sketches to its half, and refuse NaN and infinity.
+
+        Args:
+            batch: Index of the batch.
+        """
+        refuse_non_finite({name: pair[0] for name, pair in self._current.items()}, batch)
+        half = ODD if batch % 2 else EVEN
+        self._counts[half] += 1
+        for name, pair in self._current.items():
+            _add(self._sums[half], name, pair)
+        self._current = {}
+
+    def finish(self) -> MeanGradientStatistic:
+        """Return the statistic."""
+        for half in (EVEN, ODD):
+            for target in self._targets:
+                if target.name not in self._sums[half]:
+                    self._sums[half][target.name] = (
+                        torch.zeros(target.d_out, min(self.size, target.d_in)),
+                        torch.zeros(min(self.corange, target.d_out), target.d_in),
+                    )
+        return from_sketches(self._sums, self._counts, self._seed)
+
+
+def out_signs(seed: int, name: str, d_out: int) -> Tensor:
+    """Return the signs of the co-range sketch of one target.
+
+    Args:
+        seed: Seed of the sketch.
+        name: Name of the target.
+        d_out: Its output features.
+
+    Returns:
+        ``[d_out]``.
+    """
+    return random_signs(d_out, seed_of(seed, "corange", name))
+
+
+def from_sketches(
+    sums: dict[str, dict[str, tuple[Tensor, Tensor]]], counts: dict[str, int], seed: int
+) -> MeanGradientStatistic:
+    """Finish a statistic from summed sketches of the two halves.
+
+    Args:
+        sums: ``{"even" | "odd": {target: (Y, W)}}``.
+        counts: Batches of the two halves.
+        seed: Seed of the sketch.
+
+    Returns:
+        The statistic.
+    """
+    values: dict[str, dict[str, Tensor]] = {WHOLE: {}, EVEN: {}, ODD: {}}
+    whole = {**counts, WHOLE: counts[EVEN] + counts[ODD]}
+    for name, (even_y, even_w) in sums[EVEN].items():
+        odd_y, odd_w = sums[ODD][name]
+        signs = out_signs(seed, name, even_y.shape[0])
+        pairs = {
+            EVEN: (even_y, even_w),
+            ODD: (odd_y, odd_w),
+            WHOLE: (even_y.cpu() + odd_y.cpu(), even_w.cpu() + odd_w.cpu()),
+        }
+        for part, (y, w) in pairs.items():
+            scale = 1 / max(whole[part], 1)
+            values[part][name] = singular_values_from_sketches(
+                y.cpu() * scale, w.cpu() * scale, signs
+            )
+    return MeanGradientStatistic(values, sums, whole, seed)
+
+
+def _add(sums: dict[str, Any], name: str, pair: tuple[Tensor, Tensor]) -> None:
+    if name in sums:
+        sums[name] = (sums[name][0].add_(pair[0]), sums[name][1].add_(pair[1]))
+    else:
+        sums[name] = pair

@@ -1,0 +1,338 @@
+"""Run mini-batches through a model and gather statistics of its gradients."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gradrank.core.errors import MeasurementError, OptionError, nearest
+from gradrank.core.targets import Target
+from gradrank.signals.layers import Site
+from gradrank.signals.mean_gradient import MeanGradientProbe
+from gradrank.signals.measurement import Measurement
+from gradrank.signals.observe import Observer, Probe
+from gradrank.signals.spectrum import DenseProbe, SketchProbe, SpectrumStatistic
+from gradrank.signals.untouched import untouched
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """Request for the spectrum over batches (GARD).
+
+    Attributes:
+        estimator: ``sketch`` (default) or ``dense`` (exact, several passes over the batches).
+        sketch_dim: Sketch size k on either side.
+        max_bytes: Cap on the gradients that ``dense`` holds at once.
+    """
+
+    estimator: str = "sketch"
+    sketch_dim: int = 64
+    max_bytes: int = 2 << 30
+
+    def __post_init__(self) -> None:
+        if self.estimator not in {"sketch", "dense"}:
+            raise OptionError(
+                f"estimator '{self.estimator}' is unknown. "
+                + nearest(self.estimator, ["sketch", "dense"])
+            )
+        if not 1 <= self.sketch_dim <= 4096:
+            raise OptionError(f"sketch_dim is {self.sketch_dim}; it must lie in 1..4096.")
+
+
+@dataclass(frozen=True, slots=True)
+class MeanGradient:
+    """Request for the singular values of the mean gradient (water-filling).
+
+    Attributes:
+        directions: How many leading directions to resolve.
+    """
+
+    directions: int = 40
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.directions <= 4096:
+            raise OptionError(f"directions is {self.directions}; it must lie in 1..4096.")
+
+
+Signal = Spectrum | MeanGradient
+SIGNALS: dict[str, Callable[[], Signal]] = {"spectrum": Spectrum, "mean-gradient": MeanGradient}
+
+
+class BatchProbe(Probe, Protocol):
+    """A probe that works through mini-batches and ends with a statistic."""
+
+    def end_batch(self, batch: int) -> None:
+        """Close a mini-batch."""
+        ...
+
+    def finish(self) -> Any:
+        """Return the statistic."""
+        ...
+
+
+def run(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Sequence[Sequence[Any]],
+    signals: Sequence[Signal],
+    seed: int,
+    loss_function: LossFunction | None = None,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Measure the given mini-batches.
+
+    Args:
+        model: The model, plain or wrapped by PEFT; handed back as it was found.
+        sites: The targets and their modules.
+        batches: Mini-batches, each a sequence of micro-batches whose gradients add up to that
+            of the whole (their losses are weighted by their numbers of labelled items).
+        signals: What to measure.
+        seed: Seed of the sketches and of the random state while measuring.
+        loss_function: ``(model, micro_batch) -> scalar loss``, the mean over its items; default:
+            the model's own loss.
+        progress: Called with (batches done, batches in all).
+
+    Returns:
+        The measurement.
+
+    Raises:
+        MeasurementError: For no batches, a loss without gradient, or NaN or infinity.
+    """
+    if not batches:
+        raise MeasurementError("there is no batch to measure. Give at least two mini-batches.")
+    targets = [site.target for site in sites]
+    passes = _passes(targets, signals, seed, len(batches))
+    steps = _Steps(model, loss_function or model_loss, progress, len(passes) * len(batches))
+    started = time.perf_counter()
+    spectrum: SpectrumStatistic | None = None
+    mean = None
+    reached: set[str] = set()
+    with untouched(model, seed):
+        for names, probes in passes:
+            chosen = [site for site in sites if site.target.name in names]
+            with Observer(chosen, list(probes.values())) as observer:
+                steps.take(batches, probes.values(), observer)
+            reached |= observer.reached
+            for kind, probe in probes.items():
+                part = probe.finish()
+                if kind == "mean-gradient":
+                    mean = part
+                elif spectrum is None:
+                    spectrum = part
+                else:
+                    spectrum.gram.update(part.gram)
+    if spectrum is not None:
+        spectrum.gram = {target.name: spectrum.gram[target.name] for target in targets}
+    info = {
+        **_describe(model, signals, seed),
+        "seconds": time.perf_counter() - started,
+        "examples": steps.examples,
+        "tokens": steps.tokens,
+        "unreached": [target.name for target in targets if target.name not in reached],
+    }
+    return Measurement(tuple(targets), spectrum, mean, info)
+
+
+class _Steps:
+    """Forward and backward passes, with what they count."""
+
+    def __init__(
+        self, model: nn.Module, loss_function: LossFunction, progress: Progress | None, total: int
+    ) -> None:
+        self._model = model
+        self._loss_function = loss_function
+        self._progress = progress
+        self._total = total
+        self._done = 0
+        self.examples = 0
+        self.tokens = 0
+
+    def take(
+        self,
+        batches: Sequence[Sequence[Any]],
+        probes: Iterable[BatchProbe],
+        observer: Observer,
+    ) -> None:
+        self.examples = self.tokens = 0
+        for index, micro_batches in enumerate(batches):
+            shares = _shares([count_items(self._model, micro) for micro in micro_batches])
+            for micro, share in zip(micro_batches, shares, strict=True):
+                self._step(micro, share, index)
+            if not observer.reached:
+                raise MeasurementError(
+                    f"the loss of batch {index} reaches no target: no output gradient arrived at "
+                    "any of them. Check that the targets are used in the forward pass and that "
+                    "the loss is not computed under no_grad."
+                )
+            for probe in probes:
+                probe.end_batch(index)
+            self._done += 1
+            if self._progress:
+                self._progress(self._done, self._total)
+
+    def _step(self, micro: Any, share: float, index: int) -> None:
+        device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        micro = _to_device(micro, device)
+        with torch.enable_grad():
+            loss = self._loss_function(self._model, micro)
+            _check_loss(loss, index)
+            (loss * share).backward()
+        examples, tokens = _sizes(micro)
+        self.examples += examples
+        self.tokens += tokens
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Return the model's own loss on a batch of keyword arguments.
+
+    Args:
+        model: A model in the manner of transformers: called with the batch, gives ``.loss``.
+        batch: Mapping with labels.
+
+    Returns:
+        Scalar loss.
+
+    Raises:
+        MeasurementError: If the batch is no mapping, or the model gives no loss.
+    """
+    if not hasattr(batch, "keys"):
+        raise MeasurementError(
+            f"a batch is a {type(batch).__name__}, not a mapping of model inputs. Give mappings "
+            "with labels, or a loss_function(model, batch)."
+        )
+    outputs = model(**batch)
+    loss = outputs.get("loss") if hasattr(outputs, "get") else getattr(outputs, "loss", None)
+    if loss is None:
+        raise MeasurementError(
+            f"the model gave no loss for a batch with the keys {sorted(batch.keys())}. Add "
+            "'labels' to the batch, or give a loss_function(model, batch)."
+        )
+    return loss
+
+
+def count_items(model: nn.Module, batch: Any) -> int:
+    """Return how many items a batch's mean loss averages over.
+
+    Args:
+        model: The model; causal language models predict one token fewer than they are given.
+        batch: Mapping with labels; labels of -100 do not count.
+
+    Returns:
+        The number of labelled items, at least 1; 1 for batches without labels.
+    """
+    labels = batch.get("labels") if hasattr(batch, "get") else None
+    if not isinstance(labels, Tensor):
+        return 1
+    if labels.is_floating_point():
+        return max(int(labels.shape[0]), 1)
+    causal = labels.dim() == 2 and "CausalLM" in type(_inner(model)).__name__
+    kept = labels[:, 1:] if causal or _is_lm_head(model, labels) else labels
+    return max(int((kept != -100).sum()), 1)
+
+
+def _is_lm_head(model: nn.Module, labels: Tensor) -> bool:
+    return labels.dim() == 2 and type(_inner(model)).__name__.endswith("LMHeadModel")
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP and PEFT wrappings."""
+    inner = getattr(model, "module", model)
+    get_base = getattr(inner, "get_base_model", None)
+    return get_base() if callable(get_base) else inner
+
+
+def _passes(
+    targets: Sequence[Target], signals: Sequence[Signal], seed: int, batches: int
+) -> list[tuple[set[str], dict[str, BatchProbe]]]:
+    """Plan the passes over the batches: one for sketches, one per block of dense gradients."""
+    names = {target.name for target in targets}
+    together: dict[str, BatchProbe] = {}
+    passes: list[tuple[set[str], dict[str, BatchProbe]]] = []
+    for signal in signals:
+        if isinstance(signal, MeanGradient):
+            together["mean-gradient"] = MeanGradientProbe(targets, signal.directions, seed)
+        elif signal.estimator == "sketch":
+            together["spectrum"] = SketchProbe(targets, signal.sketch_dim, seed)
+        else:
+            passes += [
+                ({target.name for target in block}, {"spectrum": DenseProbe(block)})
+                for block in _blocks(targets, signal.max_bytes // (4 * (batches + 1)))
+            ]
+    return [(names, together), *passes] if together else passes
+
+
+def _blocks(targets: Sequence[Target], weights: int) -> list[list[Target]]:
+    """Split targets into blocks of at most so many weights (a single one may exceed it)."""
+    blocks: list[list[Target]] = [[]]
+    used = 0
+    for target in targets:
+        size = target.d_in * target.d_out
+        if blocks[-1] and used + size > weights:
+            blocks.append([])
+            used = 0
+        blocks[-1].append(target)
+        used += size
+    return blocks
+
+
+def _describe(model: nn.Module, signals: Sequence[Signal], seed: int) -> dict[str, Any]:
+    spectrum = next((s for s in signals if isinstance(s, Spectrum)), None)
+    mean = next((s for s in signals if isinstance(s, MeanGradient)), None)
+    inner = _inner(model)
+    return {
+        "model": type(inner).__name__,
+        "signals": [name for name, made in (("spectrum", spectrum), ("mean-gradient", mean)) if made],
+        "estimator": spectrum.estimator if spectrum else "sketch",
+        "sketch_dim": spectrum.sketch_dim if spectrum else None,
+        "directions": mean.directions if mean else None,
+        "seed": seed,
+    }
+
+
+def _shares(items: Sequence[int]) -> list[float]:
+    total = sum(items)
+    return [count / total for count in items]
+
+
+def _check_loss(loss: Any, index: int) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise MeasurementError(f"the loss of batch {index} is no scalar tensor: {type(loss)}.")
+    if not bool(torch.isfinite(loss)):
+        raise MeasurementError(
+            f"the loss of batch {index} is {float(loss)}. Look at that batch (all labels ignored, "
+            "a sequence that is too long?), or measure in float32 or bfloat16."
+        )
+    if not loss.requires_grad:
+        raise MeasurementError(
+            f"the loss of batch {index} has no gradient: no target has a part in it. Check the "
+            "targets and that the loss is not computed under no_grad or from detached outputs."
+        )
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if hasattr(batch, "items"):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(_to_device(value, device) for value in batch)
+    return batch
+
+
+def _sizes(batch: Any) -> tuple[int, int]:
+    """Return (examples, tokens) of a micro-batch, as far as its tensors tell."""
+    tensors = [v for v in batch.values() if isinstance(v, Tensor)] if hasattr(batch, "values") else []
+    if not tensors:
+        return 0, 0
+    examples = int(tensors[0].shape[0]) if tensors[0].dim() else 1
+    ids = batch.get("input_ids") if hasattr(batch, "get") else None
+    mask = batch.get("attention_mask") if hasattr(batch, "get") else None
+    if isinstance(ids, Tensor):
+        return examples, int(mask.sum()) if isinstance(mask, Tensor) else ids.numel()
+    return examples, examples

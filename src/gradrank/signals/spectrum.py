@@ -1,0 +1,268 @@
+"""The spectrum signal: Gram matrices of mini-batch gradients, one per target (GARD)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradrank.core.errors import MeasurementError
+from gradrank.core.targets import Target
+from gradrank.ops.sketch import fold, random_signs, seed_of
+from gradrank.ops.spectrum import gram_matrix
+
+# A two-sided sketch of k x k numbers is folded once more to this width before it is stored. The
+# relative error of an inner product is about sqrt(2 / width) for this step, 4 %, against about
+# sqrt(4 / k), some 25 %, for the worst case of the two-sided step at k = 64.
+STORED_WIDTH = 1024
+
+
+@dataclass
+class SpectrumStatistic:
+    """Gram matrices over batches, and, until saved, the sketched gradients behind them.
+
+    Attributes:
+        gram: Per target ``[M, M]`` float64, ``S Sᵀ`` with ``S = M^{-1/2} [g_1 .. g_M]``, not
+            centred.
+        rows: Per target ``[M, D]`` float32, what was kept of each batch's gradient; empty after
+            loading or for dense measurements, which then cannot be merged.
+    """
+
+    gram: dict[str, Tensor]
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def batches(self) -> int:
+        """Number of mini-batches M."""
+        return next((int(gram.shape[0]) for gram in self.gram.values()), 0)
+
+    def subset(self, indices: Sequence[int]) -> "SpectrumStatistic":
+        """Return the statistic of some of the batches.
+
+        Args:
+            indices: Batch indices.
+
+        Returns:
+            The statistic that measuring only these batches would have given.
+        """
+        index = torch.as_tensor(list(indices), dtype=torch.long)
+        scale = self.batches / max(len(indices), 1)
+        gram = {name: c[index][:, index] * scale for name, c in self.gram.items()}
+        return SpectrumStatistic(gram, {name: r[index] for name, r in self.rows.items()})
+
+    @classmethod
+    def merge(cls, parts: "Sequence[SpectrumStatistic]", order: Sequence[int]) -> Any:
+        """Return the statistic of the batches of several parts together.
+
+        Args:
+            parts: Statistics of the same targets, taken with the same sketch.
+            order: Positions of the concatenated batches in the merged order.
+
+        Returns:
+            The merged statistic.
+
+        Raises:
+            MeasurementError: If a part no longer has its sketches.
+        """
+        if any(not part.rows for part in parts):
+            raise MeasurementError(
+                "this measurement was loaded without its sketches, or taken with "
+                "estimator='dense', and inner products between parts cannot be recovered. "
+                "Measure again, or save with sketches=True."
+            )
+        index = torch.as_tensor(list(order), dtype=torch.long)
+        rows = {
+            name: torch.cat([part.rows[name] for part in parts])[index] for name in parts[0].rows
+        }
+        return cls({name: gram_matrix(r) for name, r in rows.items()}, rows)
+
+    def tensors(self, sketches: bool) -> dict[str, Tensor]:
+        """Return what is saved, by key.
+
+        Args:
+            sketches: Whether the sketched gradients are saved too.
+
+        Returns:
+            ``gram/NAME`` and, if asked for, ``rows/NAME``.
+        """
+        saved = {f"gram/{name}": gram for name, gram in self.gram.items()}
+        if sketches:
+            saved |= {f"rows/{name}": rows for name, rows in self.rows.items()}
+        return saved
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Any:
+        """Read back what :meth:`tensors` returned.
+
+        Args:
+            tensors: Tensors by key.
+
+        Returns:
+            The statistic.
+        """
+        split = {part: _under(tensors, part) for part in ("gram/", "rows/")}
+        return cls(split["gram/"], split["rows/"])
+
+
+class SketchProbe:
+    """Two-sided sign-fold sketches of each batch's gradient, ``Uᵀ G V = (ΔU)ᵀ (XV)``.
+
+    U is seeded by the target's name. V is seeded by the width of the input alone, so that targets
+    that read the same tensor (q, k and v; gate and up) share one projection.
+
+    Attributes:
+        size: Sketch size k on either side.
+    """
+
+    def __init__(self, targets: Sequence[Target], size: int, seed: int) -> None:
+        self.size = size
+        self._targets = list(targets)
+        self._in_signs = {
+            width: random_signs(width, seed_of(seed, "in", width))
+            for width in {target.d_in for target in targets}
+        }
+        self._out_signs = {
+            target.name: random_signs(target.d_out, seed_of(seed, "out", target.name))
+            for target in targets
+        }
+        self._row_signs = random_signs(size * size, seed_of(seed, "row", size))
+        self._current: dict[str, Tensor] = {}
+        self._rows: dict[str, list[Tensor]] = {target.name: [] for target in targets}
+
+    def share_key(self, target: Target) -> object:
+        """Share projections between targets of one input width."""
+        return target.d_in
+
+    def on_input(self, target: Target, x: Tensor) -> Tensor:
+        """Return ``XV``, ``[T, k]``: all that is kept of the input."""
+        signs = self._in_signs[target.d_in] = self._in_signs[target.d_in].to(x.device)
+        return fold(x, signs, self.size)
+
+    def on_output_grad(self, target: Target, kept: Tensor, delta: Tensor) -> None:
+        """Add ``(ΔU)ᵀ (XV)`` to the batch's sketch."""
+        signs = self._out_signs[target.name] = self._out_signs[target.name].to(delta.device)
+        part = fold(delta, signs, self.size).T @ kept
+        previous = self._current.get(target.name)
+        self._current[target.name] = part if previous is None else previous.add_(part)
+
+    def end_batch(self, batch: int) -> None:
+        """Close a mini-batch: store its sketches, and refuse NaN and infinity.
+
+        Args:
+            batch: Index of the batch, for the message.
+        """
+        rows = to_host({name: self._row(sketch) for name, sketch in self._current.items()})
+        refuse_non_finite(rows, batch)
+        for target in self._targets:
+            row = rows.get(target.name)
+            if row is None:
+                row = torch.zeros(self._row_width(target))
+            self._rows[target.name].append(row)
+        self._current.clear()
+
+    def finish(self) -> SpectrumStatistic:
+        """Return the statistic and forget the batches."""
+        rows = {name: torch.stack(parts) for name, parts in self._rows.items()}
+        self._rows = {name: [] for name in self._rows}
+        return SpectrumStatistic({name: gram_matrix(r) for name, r in rows.items()}, rows)
+
+    def _row(self, sketch: Tensor) -> Tensor:
+        flat = sketch.reshape(-1)
+        signs = self._row_signs = self._row_signs.to(sketch.device)
+        return fold(flat, signs[: flat.numel()], STORED_WIDTH)
+
+    def _row_width(self, target: Target) -> int:
+        return min(min(target.d_in, self.size) * min(target.d_out, self.size), STORED_WIDTH)
+
+
+class DenseProbe:
+    """Exact gradients of a block of targets, kept until their Gram matrices are formed."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self._targets = list(targets)
+        self._current: dict[str, Tensor] = {}
+        self._rows: dict[str, list[Tensor]] = {target.name: [] for target in targets}
+
+    def share_key(self, target: Target) -> object:
+        """Inputs are kept as they are, so one reference serves all."""
+        return target.d_in
+
+    def on_input(self, target: Target, x: Tensor) -> Tensor:
+        """Return the input itself, ``[T, d_in]``."""
+        return x
+
+    def on_output_grad(self, target: Target, kept: Tensor, delta: Tensor) -> None:
+        """Add ``Δᵀ X`` to the batch's gradient."""
+        part = delta.float().T @ kept.float()
+        previous = self._current.get(target.name)
+        self._current[target.name] = part if previous is None else previous.add_(part)
+
+    def end_batch(self, batch: int) -> None:
+        """Close a mini-batch: store its gradients, and refuse NaN and infinity.
+
+        Args:
+            batch: Index of the batch, for the message.
+        """
+        refuse_non_finite(self._current, batch)
+        for target in self._targets:
+            grad = self._current.get(target.name)
+            if grad is None:
+                grad = torch.zeros(target.d_out, target.d_in)
+            self._rows[target.name].append(grad.reshape(-1).cpu())
+        self._current.clear()
+
+    def finish(self) -> SpectrumStatistic:
+        """Return the Gram matrices and forget the gradients."""
+        gram = {}
+        for name in list(self._rows):
+            gram[name] = gram_matrix(torch.stack(self._rows.pop(name)))
+        return SpectrumStatistic(gram)
+
+
+def refuse_non_finite(tensors: dict[str, Tensor], batch: int) -> None:
+    """Raise if any tensor holds NaN or infinity.
+
+    Args:
+        tensors: Gradients or sketches per target.
+        batch: Index of the batch.
+
+    Raises:
+        MeasurementError: Naming the batch and the first targets concerned.
+    """
+    if not tensors:
+        return
+    first = next(iter(tensors.values())).device
+    sums = [tensor.sum(dtype=torch.float64).to(first) for tensor in tensors.values()]
+    finite = torch.isfinite(torch.stack(sums)).tolist()
+    if all(finite):
+        return
+    bad = [name for name, ok in zip(tensors, finite, strict=True) if not ok]
+    shown = ", ".join(f"'{name}'" for name in bad[:3]) + (" and others" if len(bad) > 3 else "")
+    raise MeasurementError(
+        f"the gradient of {shown} is NaN or infinite in batch {batch} ({len(bad)} of "
+        f"{len(tensors)} targets). Look at that batch, or measure in float32 or bfloat16."
+    )
+
+
+def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Move vectors to the CPU, equal lengths together: a copy per length, not one per target.
+
+    Args:
+        tensors: Vectors by name, ``[D]`` each.
+
+    Returns:
+        The same vectors on the CPU.
+    """
+    groups: dict[tuple[torch.device, torch.Size], list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault((tensor.device, tensor.shape), []).append(name)
+    moved: dict[str, Tensor] = {}
+    for names in groups.values():
+        stacked = torch.stack([tensors[name] for name in names]).cpu()
+        moved |= dict(zip(names, stacked.unbind(), strict=True))
+    return moved
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
