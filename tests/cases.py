@@ -24,6 +24,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from gradrank.core.budget import Budget
+from gradrank.core.plan import Plan, PlannedTarget
+from gradrank.session import find_targets, model_facts
+
 VOCABULARY = 97
 
 
@@ -158,3 +162,31 @@ CASES = {
 def batches(case: Case, count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [case.batch(generator) for _ in range(count)]
+
+
+def hand_plan(
+    model: nn.Module,
+    rank: Callable[[int], int] = lambda index: (2, 0, 3, 1)[index % 4],
+    targets: str | list[str] = "all-linear",
+    budget: int | None = None,
+) -> Plan:
+    """A plan with the rank of the i-th target given by a function; by default mixed, with zeros."""
+    planned = tuple(
+        PlannedTarget(target, min(rank(index), target.max_rank))
+        for index, target in enumerate(find_targets(model, targets))
+    )
+    spent = sum(item.parameters for item in planned)
+    whole = budget or max(spent, 1)
+    facts = model_facts(model, targets)
+    return Plan("hand", {}, Budget.parameters(whole), whole, planned, provenance=facts)
+
+
+def randomise_adapter(model: nn.Module, scale: float = 0.3) -> nn.Module:
+    """Give an adapter weights as if it had been trained, so that B is not zero."""
+    generator = torch.Generator().manual_seed(11)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = scale * torch.randn(
+                parameter.shape, generator=generator, dtype=parameter.dtype
+            )
+    return model

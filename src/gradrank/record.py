@@ -15,6 +15,13 @@ from gradrank.core.files import read_json, write_json
 
 SCHEMA = "gradrank.record/1"
 STATUSES = ("finished", "interrupted", "failed")
+_OBJECTS = ("config", "environment", "seeds", "losses", "metrics", "cost", "trainable_parameters")
+_FORMS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
+    (("name", "kind", "created"), str, "text"),
+    (_OBJECTS, dict, "an object"),
+    (("plan", "measurement"), dict | None, "an object or null"),
+    (("ranks_over_time",), list, "a list"),
+)
 
 
 @dataclass
@@ -96,9 +103,12 @@ class RunRecord:
         record = cls(**{key: value for key, value in data.items() if key in known})
         if record.status not in STATUSES:
             raise DataError(f"{where} has status {record.status!r}; known: {', '.join(STATUSES)}.")
-        for key in ("config", "environment", "losses", "metrics", "cost", "trainable_parameters"):
-            if not isinstance(getattr(record, key), dict):
-                raise DataError(f"{where}: field '{key}' must be an object.")
+        for keys, kinds, what in _FORMS:
+            wrong = [key for key in keys if not isinstance(getattr(record, key), kinds)]
+            if wrong:
+                raise DataError(f"{where}: field '{wrong[0]}' must be {what}.")
+        if not all(_is_curve(curve) for curve in record.losses.values()):
+            raise DataError(f"{where}: field 'losses' must hold lists of [step, loss].")
         return record
 
     @classmethod
@@ -112,6 +122,16 @@ class RunRecord:
             The record.
         """
         return cls.from_dict(read_json(Path(path), "record"), f"'{path}'")
+
+
+def _is_curve(curve: Any) -> bool:
+    return isinstance(curve, list) and all(
+        isinstance(point, list)
+        and len(point) == 2
+        and isinstance(point[0], int | float)
+        and isinstance(point[1], int | float | None)
+        for point in curve
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -66,9 +66,7 @@ def split_half(
     return {**result, **_verdict(result, assessment, measurement.batches)}
 
 
-def _verdict(
-    result: Mapping[str, Any], assessment: Assessment, batches: int
-) -> dict[str, str]:
+def _verdict(result: Mapping[str, Any], assessment: Assessment, batches: int) -> dict[str, str]:
     score, within, saturation = (result[k] for k in ("split_half", "within_shape", "saturation"))
     uniform = "use uniform"
     if batches < 2:

@@ -1,6 +1,6 @@
 """Floor 5: measure, allocate, plan, apply, as plain functions."""
 
-import importlib.metadata
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradrank import __version__
 from gradrank.adapters.apply import apply_plan, count_trainable
 from gradrank.adapters.export import ExportReport, export
 from gradrank.core.budget import Budget
@@ -69,10 +70,10 @@ def measure(
         )
     signals = _signals(signal)
     sites = find_sites(model, targets)
-    groups = _take(batches, num_batches, accumulate, seed)
     found = [site.target for site in sites]
 
     def work() -> Measurement:
+        groups = _take(batches, num_batches, accumulate, seed)
         return run(model, sites, groups, signals, seed, loss_function, progress)
 
     measurement = merge_across_processes(all_or_none(work))
@@ -84,9 +85,7 @@ def measure(
         "accumulate": accumulate,
         "processes": torch.distributed.get_world_size() if is_distributed() else 1,
     }
-    return Measurement(
-        measurement.targets, measurement.spectrum, measurement.mean_gradient, info
-    )
+    return Measurement(measurement.targets, measurement.spectrum, measurement.mean_gradient, info)
 
 
 def allocate(
@@ -150,7 +149,7 @@ def allocate(
         ),
         reliability=reliability,
         provenance={
-            "gradrank": importlib.metadata.version("gradrank"),
+            "gradrank": __version__,
             **info,
             "batches": known.batches if known else 0,
         },
@@ -206,9 +205,7 @@ def apply(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: Any) 
     return apply_plan(plan, model, lora_alpha, **options)
 
 
-def find_targets(
-    model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR
-) -> tuple[Target, ...]:
+def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> tuple[Target, ...]:
     """Return the targets of a model without measuring anything.
 
     Args:
@@ -274,12 +271,11 @@ def _signals(signal: "str | Signal | Sequence[str | Signal]") -> tuple[Signal, .
     return tuple(found)
 
 
-def _take(
-    batches: Iterable[Any], num_batches: int, accumulate: int, seed: int
-) -> list[list[Any]]:
+def _take(batches: Iterable[Any], num_batches: int, accumulate: int, seed: int) -> list[list[Any]]:
     """Draw the batches, with the random state as it was afterwards (loaders shuffle by it)."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed, which would seed the accelerators as well.
+        torch.default_generator.manual_seed(seed)
         items = list(itertools.islice(batches, num_batches * accumulate))
     groups = [items[i : i + accumulate] for i in range(0, len(items), accumulate)]
     if groups and len(groups[-1]) < accumulate:
@@ -301,5 +297,6 @@ def _method(method: "str | Method", options: Mapping[str, Any] | None) -> Method
 
 
 def _options(method: Any) -> dict[str, Any]:
-    fields = getattr(method, "__dataclass_fields__", {})
-    return {name: getattr(method, name) for name in fields}
+    # Not __dataclass_fields__, which lists class variables (name, summary, source) too.
+    known = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    return {item.name: getattr(method, item.name) for item in known}

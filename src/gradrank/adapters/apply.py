@@ -1,13 +1,16 @@
 """Build the PeftModel of a plan, and check that it is what the plan says."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from gradrank.adapters.config import lora_config
-from gradrank.core.errors import PlanError
+from gradrank.core.errors import PlanError, TargetError
 from gradrank.core.plan import Plan
 from gradrank.signals.layers import find_sites
 
@@ -26,21 +29,22 @@ def apply_plan(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: 
 
     Raises:
         PlanError: If the model lacks a target, has it in another shape, or already carries an
-            adapter; the model is left as it was.
+            adapter. The model is left as it was, as it is after an error of PEFT's.
     """
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise PlanError(
             "the model carries an adapter already. Pass the base model, or merge the adapter "
             "first (model.merge_and_unload())."
         )
     _check_fit(plan, model)
     config = lora_config(plan, lora_alpha, **options)
-    wrapped = get_peft_model(model, config)
-    built = adapter_ranks(wrapped)
-    expected = {name: rank for name, rank in plan.ranks.items() if rank}
-    if built != expected:
-        wrong = sorted(set(built.items()) ^ set(expected.items()))[:4]
-        raise PlanError(f"PEFT built other ranks than the plan: {wrong}.")
+    with all_or_nothing(model):
+        wrapped = get_peft_model(model, config)
+        built = adapter_ranks(wrapped)
+        expected = {name: rank for name, rank in plan.ranks.items() if rank}
+        if built != expected:
+            wrong = sorted(set(built.items()) ^ set(expected.items()))[:4]
+            raise PlanError(f"PEFT built other ranks than the plan: {wrong}.")
     return wrapped
 
 
@@ -77,6 +81,31 @@ def count_trainable(model: nn.Module) -> dict[str, int]:
     return counts
 
 
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Put back modules and flags if something fails while PEFT wraps a model in place.
+
+    Args:
+        model: The base model.
+
+    Yields:
+        None.
+    """
+    children = [(m, name, child) for m in model.modules() for name, child in m.named_children()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    known = hasattr(model, "peft_config")
+    try:
+        yield
+    except BaseException:
+        for module, name, child in children:
+            setattr(module, name, child)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        if not known and hasattr(model, "peft_config"):
+            del model.peft_config
+        raise
+
+
 def _check_fit(plan: Plan, model: nn.Module) -> None:
     wanted = {p.target.name: p.target for p in plan.targets if p.rank}
     if not wanted:
@@ -88,7 +117,11 @@ def _check_fit(plan: Plan, model: nn.Module) -> None:
             f"the model has no module '{missing[0]}' ({len(missing)} of {len(wanted)} targets of "
             "the plan are missing). The plan was made for another model."
         )
-    for site in find_sites(model, list(wanted)):
+    try:
+        sites = find_sites(model, list(wanted))
+    except TargetError as error:
+        raise PlanError(f"the plan does not fit the model: {error}") from error
+    for site in sites:
         made, found = wanted.get(site.target.name, site.target), site.target
         if (made.d_in, made.d_out) != (found.d_in, found.d_out):
             raise PlanError(

@@ -56,6 +56,9 @@ def lora_config(
         alphas = {_anchor(n): _tidy(scaling * rank) for n, rank in used.items() if scaling}
         lora_alpha = _tidy((scaling or 0) * reference)
         alphas = {key: alpha for key, alpha in alphas.items() if alpha != lora_alpha}
+    if all(p.target.kind == "conv1d" for p in plan.targets if p.rank):
+        # GPT-2 stores weights as [d_in, d_out]; PEFT finds that out itself, but with a warning.
+        options.setdefault("fan_in_fan_out", True)
     return LoraConfig(
         r=reference,
         lora_alpha=lora_alpha,  # pyright: ignore[reportArgumentType] - PEFT divides, floats are fine

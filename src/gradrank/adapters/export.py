@@ -1,20 +1,33 @@
 """Write an adapter, or the merged model, and prove that it computes what was trained."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from gradrank.adapters.apply import all_or_nothing
 from gradrank.core.errors import MeasurementError, OptionError, PlanError, nearest
 from gradrank.core.files import new_folder
 
 TARGETS = ("peft", "merged")
 _CHECK = "gradrank_check"
+# What PEFT raises for an adapter that is damaged or belongs to another model.
+_MISFITS = (
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OSError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +157,10 @@ def check_inputs(model: nn.Module) -> dict[str, Tensor]:
         height, width = size if isinstance(size, tuple | list) else (size, size)
         channels = getattr(config, "num_channels", 3)
         return {"pixel_values": torch.randn(2, channels, height, width, generator=generator)}
-    raise OptionError("the model's configuration names no vocabulary and no image size: give inputs.")
+    raise OptionError(
+        "the model's configuration names no vocabulary and no image size, so check inputs cannot "
+        "be made. Pass inputs={...} with a batch that the model takes."
+    )
 
 
 def load_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
@@ -158,27 +174,50 @@ def load_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
         The PEFT model.
 
     Raises:
-        PlanError: If the folder holds no safetensors adapter, or it does not fit the model.
+        PlanError: If the folder holds no safetensors adapter, or it does not fit the model, which
+            is then left as it was.
     """
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise PlanError(f"'{folder}' is no adapter: it has no {name} (pickles are not read).")
     try:
-        return PeftModel.from_pretrained(base, str(folder), use_safetensors=True)  # pyright: ignore
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        with all_or_nothing(base), warnings.catch_warnings():
+            # What these warn of is checked below, and refused.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys")
+            warnings.filterwarnings("ignore", message="The following alpha_pattern keys")
+            loaded: Any = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
+            _check_keys(loaded, folder / "adapter_model.safetensors")
+    except _MISFITS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise PlanError(f"the adapter in '{folder}' does not fit this model: {reason}") from error
+    return loaded
+
+
+def _check_keys(model: PeftModel, file: Path) -> None:
+    """Refuse weights that the model has no place for, and places that got no weight."""
+    with safe_open(str(file), framework="pt") as stored:
+        found = set(stored.keys())
+    places = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    missing = sorted(places - found)
+    stray = sorted(key for key in found - places if ".lora_" in key)
+    if missing or stray:
+        what = f"it lacks '{missing[0]}'" if missing else f"'{stray[0]}' has no place in the model"
+        raise ValueError(f"{what} ({len(missing)} missing, {len(stray)} left over)")
 
 
 def _write_adapter(model: PeftModel, folder: Path, batch: Mapping[str, Tensor]) -> Tensor:
-    active = model.active_adapter
+    active = str(model.active_adapters[0])
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    modes = [(module, module.training) for module in model.modules()]
     model.save_pretrained(str(folder), selected_adapters=[active])
     # PEFT puts every adapter but 'default' into a folder of its own.
     written = folder if (folder / "adapter_config.json").is_file() else folder / active
     try:
-        model.load_adapter(str(written), _CHECK)
+        # New layers draw random weights before they get the stored ones.
+        with torch.random.fork_rng(devices=[]):
+            model.load_adapter(str(written), _CHECK)
         model.set_adapter(_CHECK)
         return logits(model, batch)
     finally:
@@ -187,6 +226,9 @@ def _write_adapter(model: PeftModel, folder: Path, batch: Mapping[str, Tensor]) 
             model.delete_adapter(_CHECK)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trainable)
+        # Loading an adapter for inference puts the model into evaluation mode.
+        for module, training in modes:
+            module.training = training
 
 
 def _write_merged(model: PeftModel, folder: Path, batch: Mapping[str, Tensor]) -> Tensor:

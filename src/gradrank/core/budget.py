@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from gradrank.core.errors import BudgetError
 from gradrank.core.targets import Target, cost_of_rank_one
@@ -43,7 +44,7 @@ class Budget:
         Raises:
             BudgetError: If ``count`` is not a positive whole number.
         """
-        if isinstance(count, bool) or count != int(count) or count < 1:
+        if not _is_whole(count) or count < 1:
             raise BudgetError(f"a budget of {count!r} parameters is not a positive whole number.")
         return cls("parameters", int(count))
 
@@ -60,7 +61,7 @@ class Budget:
         Raises:
             BudgetError: If ``rank`` is not a positive whole number.
         """
-        if isinstance(rank, bool) or rank != int(rank) or rank < 1:
+        if not _is_whole(rank) or rank < 1:
             raise BudgetError(f"budget 'uniform:{rank}' needs a whole rank of at least 1.")
         return cls("uniform", int(rank))
 
@@ -77,7 +78,7 @@ class Budget:
         Raises:
             BudgetError: If ``x`` is outside (0, 1].
         """
-        if not 0 < x <= 1:
+        if isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x <= 1:
             raise BudgetError(f"a budget fraction of {x!r} is outside (0, 1]. Write 0.5% as 0.005.")
         return cls("fraction", float(x))
 
@@ -137,3 +138,8 @@ class Budget:
         if self.kind == "fraction":
             return f"{self.value * 100:g}%"
         return str(int(self.value))
+
+
+def _is_whole(value: object) -> bool:
+    whole = isinstance(value, float) and value.is_integer()
+    return whole or (isinstance(value, Integral) and not isinstance(value, bool))

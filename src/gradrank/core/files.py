@@ -159,16 +159,36 @@ def read_json(path: Path, what: str) -> Any:
         The parsed data.
 
     Raises:
-        DataError: If the file is missing, too large, not text, or not JSON.
+        DataError: If the file is missing, too large, not text, not JSON, names a key twice or
+            holds NaN or infinity.
     """
     path = Path(path)
     try:
         if path.stat().st_size > 512 * 2**20:
             raise DataError(f"{what} '{path}' is larger than 512 MiB and was not read.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_no_constant,
+        )
     except FileNotFoundError as error:
         raise DataError(f"{what} '{path}' does not exist.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{what} '{path}' could not be read: {error}.") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{what} '{path}' is not valid JSON: {error}.") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")

@@ -177,13 +177,15 @@ class Plan:
                 budget=_budget_from_dict(budget),
                 budget_parameters=_whole(budget["parameters"], "budget.parameters"),
                 targets=tuple(_target_from_dict(n, t) for n, t in data["targets"].items()),
-                reliability=data.get("reliability"),
+                reliability=_object_or_none(data.get("reliability"), "reliability"),
                 provenance=dict(data.get("provenance") or {}),
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, PlanError):
-                raise
-            raise PlanError(f"the plan is malformed: {error!r} is missing or wrong.") from error
+        except PlanError:
+            raise
+        except KeyError as error:
+            raise PlanError(f"the plan is malformed: field {error} is missing.") from error
+        except (TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise PlanError(f"the plan is malformed: {error}") from error
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write ``plan.json``.
@@ -264,6 +266,12 @@ def _budget_from_dict(data: Mapping[str, Any]) -> Budget:
     if kind not in makers:
         raise PlanError(f"budget kind {kind!r} is unknown. Known: {', '.join(sorted(makers))}.")
     return makers[kind](value)
+
+
+def _object_or_none(value: Any, what: str) -> dict[str, Any] | None:
+    if value is not None and not isinstance(value, dict):
+        raise PlanError(f"{what} is a {type(value).__name__}; it must be an object or null.")
+    return value
 
 
 def _whole(value: Any, what: str) -> int:

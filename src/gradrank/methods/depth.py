@@ -35,7 +35,7 @@ class Depth:
         """Return no signal: depth is known from the names."""
         return ()
 
-    def assess(self, targets: Sequence[Target], measurement: Measurement | None) -> Assessment:  # noqa: ARG002
+    def assess(self, targets: Sequence[Target], measurement: Measurement | None) -> Assessment:
         """Return scores linear in depth.
 
         Args:
@@ -60,6 +60,4 @@ class Depth:
         Returns:
             Rank per target.
         """
-        return proportional(
-            targets, assessment.scores, budget, r_min=self.r_min, r_max=self.r_max
-        )
+        return proportional(targets, assessment.scores, budget, r_min=self.r_min, r_max=self.r_max)

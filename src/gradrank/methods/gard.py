@@ -10,9 +10,15 @@ import torch
 from gradrank.allocation import proportional
 from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
-from gradrank.methods.method import Assessment, check_rank_bounds, option, require
+from gradrank.methods.method import (
+    Assessment,
+    check_rank_bounds,
+    check_sketch,
+    option,
+    require,
+)
 from gradrank.ops import spectrum
-from gradrank.signals.measure import Signal, Spectrum
+from gradrank.signals.measure import ESTIMATORS, Signal, Spectrum
 from gradrank.signals.measurement import Measurement
 
 
@@ -38,14 +44,16 @@ class Gard:
     r_min: int = option(0, "smallest rank of every target")
     r_max: int | None = option(None, "largest rank; none: min(d_in, d_out)")
     estimator: str = option("sketch", "'sketch', or 'dense' (exact, more memory and passes)")
-    sketch_dim: int = option(64, "sketch size on either side")
+    sketch_dim: int = option(128, "sketch size on either side")
     centring: bool = option(False, "remove the mean gradient first (covariance, not Gram)")
     spend_leftover: bool = option(True, "spend what rounding left; false: the paper's rule alone")
 
     def __post_init__(self) -> None:
         require(0 < self.energy <= 1, self.name, "energy", self.energy, "in (0, 1]")
         check_rank_bounds(self.name, self.r_min, self.r_max)
-        Spectrum(self.estimator, self.sketch_dim)
+        known = self.estimator in ESTIMATORS
+        require(known, self.name, "estimator", self.estimator, "'sketch' or 'dense'")
+        check_sketch(self.name, "sketch_dim", self.sketch_dim)
 
     def signals(self) -> tuple[Signal, ...]:
         """Return the spectrum over batches."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from gradrank.allocation import proportional
 from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
-from gradrank.methods.method import Assessment, check_rank_bounds, option
+from gradrank.methods.method import Assessment, check_rank_bounds, check_sketch, option
 from gradrank.signals.measure import Signal, Spectrum
 from gradrank.signals.measurement import Measurement
 
@@ -23,11 +23,11 @@ class GradientNorm:
 
     r_min: int = option(0, "smallest rank of every target")
     r_max: int | None = option(None, "largest rank; none: min(d_in, d_out)")
-    sketch_dim: int = option(64, "sketch size on either side")
+    sketch_dim: int = option(128, "sketch size on either side")
 
     def __post_init__(self) -> None:
         check_rank_bounds(self.name, self.r_min, self.r_max)
-        Spectrum("sketch", self.sketch_dim)
+        check_sketch(self.name, "sketch_dim", self.sketch_dim)
 
     def signals(self) -> tuple[Signal, ...]:
         """Return the spectrum over batches, whose trace is the mean squared norm."""
@@ -66,6 +66,4 @@ class GradientNorm:
         Returns:
             Rank per target.
         """
-        return proportional(
-            targets, assessment.scores, budget, r_min=self.r_min, r_max=self.r_max
-        )
+        return proportional(targets, assessment.scores, budget, r_min=self.r_min, r_max=self.r_max)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 
 from gradrank.core.errors import OptionError, nearest
 from gradrank.core.targets import Target
-from gradrank.signals.measure import Signal
+from gradrank.signals.measure import MAX_SKETCH, Signal
 from gradrank.signals.measurement import Measurement
 
 
@@ -143,6 +143,17 @@ def check_rank_bounds(method: str, r_min: int, r_max: int | None) -> None:
     require(r_min >= 0, method, "r_min", r_min, "0 or more")
     legal = r_max is None or r_max >= max(r_min, 1)
     require(legal, method, "r_max", r_max, f"at least r_min = {r_min} and at least 1")
+
+
+def check_sketch(method: str, name: str, size: int) -> None:
+    """Refuse a sketch that is empty or larger than any gradient needs.
+
+    Args:
+        method: Name of the method.
+        name: Name of the option.
+        size: Its value.
+    """
+    require(1 <= size <= MAX_SKETCH, method, name, size, f"in 1..{MAX_SKETCH}")
 
 
 def _type_names(item: "Field[Any]") -> list[str]:

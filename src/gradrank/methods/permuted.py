@@ -7,7 +7,7 @@ from typing import ClassVar
 from gradrank.allocation import permute_within_shape
 from gradrank.core.targets import Target
 from gradrank.methods.method import Assessment, option, require
-from gradrank.methods.registry import create
+from gradrank.methods.registry import METHODS, create
 from gradrank.signals.measure import Signal
 from gradrank.signals.measurement import Measurement
 
@@ -28,8 +28,8 @@ class Permuted:
     seed: int = option(0, "seed of the permutation")
 
     def __post_init__(self) -> None:
-        require(self.of not in {"reversed", "permuted"}, self.name, "of", self.of, "no control")
-        create(self.of)
+        known = sorted(set(METHODS) - {"reversed", "permuted"})
+        require(self.of in known, self.name, "of", self.of, f"one of {', '.join(known)}")
 
     def signals(self) -> tuple[Signal, ...]:
         """Return the other method's signals."""

@@ -30,7 +30,7 @@ class RandomScores:
         """Return no signal: chance looks at no data."""
         return ()
 
-    def assess(self, targets: Sequence[Target], measurement: Measurement | None) -> Assessment:  # noqa: ARG002
+    def assess(self, targets: Sequence[Target], measurement: Measurement | None) -> Assessment:
         """Return random scores.
 
         Args:
@@ -55,6 +55,4 @@ class RandomScores:
         Returns:
             Rank per target.
         """
-        return proportional(
-            targets, assessment.scores, budget, r_min=self.r_min, r_max=self.r_max
-        )
+        return proportional(targets, assessment.scores, budget, r_min=self.r_min, r_max=self.r_max)

@@ -23,7 +23,7 @@ class Uniform:
         """Return no signal: uniform LoRA looks at no data."""
         return ()
 
-    def assess(self, targets: Sequence[Target], measurement: Measurement | None) -> Assessment:  # noqa: ARG002
+    def assess(self, targets: Sequence[Target], measurement: Measurement | None) -> Assessment:
         """Return equal scores.
 
         Args:
@@ -38,7 +38,7 @@ class Uniform:
     def ranks(
         self,
         targets: Sequence[Target],
-        assessment: Assessment,  # noqa: ARG002
+        assessment: Assessment,
         budget: int,
     ) -> dict[str, int]:
         """Return the largest equal ranks, and the remainder spread as single extra ranks.

@@ -7,10 +7,16 @@ from typing import ClassVar
 from gradrank.allocation import allocate_gains
 from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
-from gradrank.methods.method import Assessment, check_rank_bounds, option, require
+from gradrank.methods.method import (
+    Assessment,
+    check_rank_bounds,
+    check_sketch,
+    option,
+    require,
+)
+from gradrank.signals.mean_gradient import WHOLE
 from gradrank.signals.measure import MeanGradient, Signal
 from gradrank.signals.measurement import Measurement
-from gradrank.signals.mean_gradient import WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,7 @@ class Waterfill:
         check_rank_bounds(self.name, self.r_min, self.r_max)
         known = self.solver in {"exact", "greedy"}
         require(known, self.name, "solver", self.solver, "'exact' or 'greedy'")
-        MeanGradient(self.directions)
+        check_sketch(self.name, "directions", self.directions)
 
     def signals(self) -> tuple[Signal, ...]:
         """Return the mean gradient."""

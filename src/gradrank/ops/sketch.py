@@ -2,11 +2,13 @@
 
 The sketch is a *sign fold* (a count sketch): every coordinate gets a random sign and is added to
 one of k buckets, coordinate j to bucket j mod k. Its inner products are unbiased over the signs
-for any assignment of buckets, its variance is no larger than that of a Gaussian projection of the
-same size, and applying it costs one addition per coordinate instead of k multiplications.
+for any assignment of buckets, and applying it costs one addition per coordinate instead of k
+multiplications. k is a prime: attention heads and other blocks have widths with small factors,
+and buckets in step with them would add up coordinates that belong together, which costs accuracy.
 """
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -41,6 +43,50 @@ def random_signs(length: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2, (length,), generator=generator, dtype=torch.float32) * 2 - 1
+
+
+def prime_at_least(number: int) -> int:
+    """Return the smallest prime that is not below a number.
+
+    Args:
+        number: Lower bound.
+
+    Returns:
+        The prime; 2 at least.
+
+    Examples:
+        >>> prime_at_least(128)
+        131
+    """
+    candidate = max(number, 2)
+    while any(candidate % d == 0 for d in range(2, math.isqrt(candidate) + 1)):
+        candidate += 1
+    return candidate
+
+
+def scatter_fold(rows: Tensor, size: int, seed: int) -> Tensor:
+    """Sketch the last axis with random signs and random buckets.
+
+    Slower than :func:`fold` and free of any structure: for short axes that are folded once.
+
+    Args:
+        rows: ``[n, d]``.
+        size: Number of buckets.
+        seed: Seed; the global random state is neither read nor changed.
+
+    Returns:
+        ``[n, min(d, size)]``, dtype of ``rows``; ``rows`` itself where ``d <= size``.
+
+    Source:
+        Charikar, Chen and Farach-Colton, ICALP 2002.
+    """
+    width = rows.shape[-1]
+    if width <= size:
+        return rows
+    generator = torch.Generator().manual_seed(seed)
+    buckets = torch.randint(0, size, (width,), generator=generator).to(rows.device)
+    signs = random_signs(width, seed_of(seed, "signs")).to(rows)
+    return rows.new_zeros((rows.shape[0], size)).index_add_(1, buckets, rows * signs)
 
 
 def fold(x: Tensor, signs: Tensor, size: int) -> Tensor:

@@ -42,7 +42,7 @@ def all_or_none(work: Callable[[], T]) -> T:
     result = None
     try:
         result = work()
-    except Exception as error:  # noqa: BLE001 - raised again below, in step with the others
+    except Exception as error:
         failure = error
     failed = torch.tensor([float(failure is not None)], device=_device())
     dist.all_reduce(failed)

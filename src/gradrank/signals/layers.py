@@ -1,9 +1,11 @@
 """Which modules of a model can carry a LoRA adapter, and how they are named and shaped."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parallel import DistributedDataParallel
 
 from gradrank.core.errors import TargetError
 from gradrank.core.targets import Target, select_names
@@ -45,15 +47,17 @@ def find_sites(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> l
     Raises:
         TargetError: If nothing matches, or a wanted module cannot carry LoRA.
     """
-    named = {_base_name(n): m for n, m in model.named_modules(remove_duplicate=True) if n}
+    named = {name: module for name, module in _base_modules(model) if name}
     sites = {
         name: Site(Target(name, *shape, kind), module)
         for name, module in named.items()
         if (shape := _shape(module)) and (kind := _kind(module)) and not _is_adapter(name)
     }
     refused = {name: why for name, module in named.items() if (why := _refusal(module))}
-    if isinstance(targets, str):
+    if isinstance(targets, str) and not targets.startswith("re:"):
         targets = [part.strip() for part in targets.split(",") if part.strip()]
+    elif isinstance(targets, str):
+        targets = [targets]
     if list(targets) == [ALL_LINEAR]:
         _refuse(refused, "'all-linear' would have to skip")
         heads = _head_names(model, sites)
@@ -82,16 +86,35 @@ def ambiguous_suffixes(model: nn.Module, targets: Sequence[Target]) -> bool:
     Returns:
         True if an anchored expression must be used instead of a list.
     """
-    names = {_base_name(name) for name, _ in model.named_modules()}
+    names = {name for name, _ in _base_modules(model)}
     suffixes = {name[i + 1 :] for name in names for i, char in enumerate(name) if char == "."}
     return any(target.name in suffixes for target in targets)
 
 
-def _base_name(name: str) -> str:
-    """Return a module's name without what DDP, torch.compile and PEFT wrap around it."""
-    for prefix in ("module.", "_orig_mod.", "base_model.model."):
-        name = name.removeprefix(prefix)
-    return name.removesuffix(".base_layer")
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel, DataParallel and torch.compile.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The model that they wrap, or the model itself.
+    """
+    while True:
+        if isinstance(model, DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield modules by their names in the base model, without what PEFT puts around them."""
+    model = unwrapped(model)
+    prefix = "base_model.model." if hasattr(model, "peft_config") else ""
+    for name, module in model.named_modules():
+        yield name.removeprefix(prefix).removesuffix(".base_layer"), module
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
@@ -99,8 +122,8 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     if hasattr(module, "base_layer"):
         return None
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        weight = module.weight
-        return int(weight.shape[0]), int(weight.shape[1])
+        d_in, d_out = getattr(module, "weight").shape  # noqa: B009 - untyped module attribute
+        return int(d_in), int(d_out)
     d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(d_in, int) and isinstance(d_out, int) and d_in > 0 and d_out > 0:
         return d_in, d_out
@@ -128,6 +151,8 @@ def _refusal(module: nn.Module) -> str | None:
         return f"holds expert weights in 3-D parameters ({', '.join(sorted(experts))})"
     if isinstance(module, nn.MultiheadAttention):
         return "fuses its projections in one parameter (nn.MultiheadAttention)"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "is only read, and never called, by the nn.MultiheadAttention around it"
     return None
 
 

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
-from gradrank.ops.sketch import fold, random_signs, seed_of, singular_values_from_sketches
+from gradrank.ops.sketch import (
+    fold,
+    prime_at_least,
+    random_signs,
+    seed_of,
+    singular_values_from_sketches,
+)
 from gradrank.signals.spectrum import refuse_non_finite
 
 WHOLE, EVEN, ODD = "whole", "even", "odd"
@@ -85,7 +91,7 @@ class MeanGradientStatistic:
             }
         return from_sketches(sums, counts, parts[0].seed)
 
-    def tensors(self, sketches: bool) -> dict[str, Tensor]:  # noqa: ARG002
+    def tensors(self, sketches: bool) -> dict[str, Tensor]:
         """Return what is saved: the singular values (the sketches are not).
 
         Args:
@@ -124,12 +130,12 @@ class MeanGradientProbe:
 
     Attributes:
         size: Width k of the range sketch ``Y = G V``.
-        corange: Height ``2 k + 1`` of the co-range sketch ``W = Uᵀ G``.
+        corange: Height of the co-range sketch ``W = Uᵀ G``.
     """
 
     def __init__(self, targets: Sequence[Target], directions: int, seed: int) -> None:
-        self.size = directions
-        self.corange = 2 * directions + 1
+        self.size = prime_at_least(directions)
+        self.corange = prime_at_least(2 * self.size + 1)
         self._seed = seed
         self._targets = list(targets)
         self._in_signs = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradrank.core.errors import MeasurementError, OptionError, nearest
 from gradrank.core.targets import Target
-from gradrank.signals.layers import Site
+from gradrank.signals.layers import Site, unwrapped
 from gradrank.signals.mean_gradient import MeanGradientProbe
 from gradrank.signals.measurement import Measurement
 from gradrank.signals.observe import Observer, Probe
@@ -19,6 +19,9 @@ from gradrank.signals.untouched import untouched
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int], None]
+
+ESTIMATORS = ("sketch", "dense")
+MAX_SKETCH = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +35,15 @@ class Spectrum:
     """
 
     estimator: str = "sketch"
-    sketch_dim: int = 64
+    sketch_dim: int = 128
     max_bytes: int = 2 << 30
 
     def __post_init__(self) -> None:
-        if self.estimator not in {"sketch", "dense"}:
-            raise OptionError(
-                f"estimator '{self.estimator}' is unknown. "
-                + nearest(self.estimator, ["sketch", "dense"])
-            )
-        if not 1 <= self.sketch_dim <= 4096:
-            raise OptionError(f"sketch_dim is {self.sketch_dim}; it must lie in 1..4096.")
+        if self.estimator not in ESTIMATORS:
+            hint = nearest(self.estimator, ESTIMATORS)
+            raise OptionError(f"estimator '{self.estimator}' is unknown. {hint}")
+        if not 1 <= self.sketch_dim <= MAX_SKETCH:
+            raise OptionError(f"sketch_dim is {self.sketch_dim}; it must lie in 1..{MAX_SKETCH}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,8 @@ class MeanGradient:
     directions: int = 40
 
     def __post_init__(self) -> None:
-        if not 1 <= self.directions <= 4096:
-            raise OptionError(f"directions is {self.directions}; it must lie in 1..4096.")
+        if not 1 <= self.directions <= MAX_SKETCH:
+            raise OptionError(f"directions is {self.directions}; it must lie in 1..{MAX_SKETCH}.")
 
 
 Signal = Spectrum | MeanGradient
@@ -106,6 +107,8 @@ def run(
     """
     if not batches:
         raise MeasurementError("there is no batch to measure. Give at least two mini-batches.")
+    # DistributedDataParallel would wait for gradients of weights, and none are computed here.
+    model = unwrapped(model)
     targets = [site.target for site in sites]
     passes = _passes(targets, signals, seed, len(batches))
     steps = _Steps(model, loss_function or model_loss, progress, len(passes) * len(batches))
@@ -117,7 +120,7 @@ def run(
         for names, probes in passes:
             chosen = [site for site in sites if site.target.name in names]
             with Observer(chosen, list(probes.values())) as observer:
-                steps.take(batches, probes.values(), observer)
+                steps.take(batches, probes.values(), observer, whole=len(names) == len(targets))
             reached |= observer.reached
             for kind, probe in probes.items():
                 part = probe.finish()
@@ -127,6 +130,8 @@ def run(
                     spectrum = part
                 else:
                     spectrum.gram.update(part.gram)
+    if not reached:
+        raise MeasurementError(_reaches_nothing("any batch"))
     if spectrum is not None:
         spectrum.gram = {target.name: spectrum.gram[target.name] for target in targets}
     info = {
@@ -158,31 +163,30 @@ class _Steps:
         batches: Sequence[Sequence[Any]],
         probes: Iterable[BatchProbe],
         observer: Observer,
+        whole: bool,
     ) -> None:
         self.examples = self.tokens = 0
         for index, micro_batches in enumerate(batches):
             shares = _shares([count_items(self._model, micro) for micro in micro_batches])
             for micro, share in zip(micro_batches, shares, strict=True):
-                self._step(micro, share, index)
-            if not observer.reached:
-                raise MeasurementError(
-                    f"the loss of batch {index} reaches no target: no output gradient arrived at "
-                    "any of them. Check that the targets are used in the forward pass and that "
-                    "the loss is not computed under no_grad."
-                )
+                self._step(micro, share, index, whole)
+            if whole and not observer.reached:
+                raise MeasurementError(_reaches_nothing(f"batch {index}"))
             for probe in probes:
                 probe.end_batch(index)
             self._done += 1
             if self._progress:
                 self._progress(self._done, self._total)
 
-    def _step(self, micro: Any, share: float, index: int) -> None:
+    def _step(self, micro: Any, share: float, index: int, whole: bool) -> None:
         device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
         micro = _to_device(micro, device)
         with torch.enable_grad():
             loss = self._loss_function(self._model, micro)
-            _check_loss(loss, index)
-            (loss * share).backward()
+            _check_loss(loss, index, whole)
+            # In a pass over a block of targets, the loss may touch none of this block.
+            if loss.requires_grad:
+                (loss * share).backward()
         examples, tokens = _sizes(micro)
         self.examples += examples
         self.tokens += tokens
@@ -240,9 +244,9 @@ def _is_lm_head(model: nn.Module, labels: Tensor) -> bool:
     return labels.dim() == 2 and type(_inner(model)).__name__.endswith("LMHeadModel")
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def _inner(model: nn.Module) -> Any:
     """Return the model inside DDP and PEFT wrappings."""
-    inner = getattr(model, "module", model)
+    inner: Any = getattr(model, "module", model)
     get_base = getattr(inner, "get_base_model", None)
     return get_base() if callable(get_base) else inner
 
@@ -260,10 +264,8 @@ def _passes(
         elif signal.estimator == "sketch":
             together["spectrum"] = SketchProbe(targets, signal.sketch_dim, seed)
         else:
-            passes += [
-                ({target.name for target in block}, {"spectrum": DenseProbe(block)})
-                for block in _blocks(targets, signal.max_bytes // (4 * (batches + 1)))
-            ]
+            for block in _blocks(targets, signal.max_bytes // (4 * (batches + 1))):
+                passes.append(({target.name for target in block}, {"spectrum": DenseProbe(block)}))
     return [(names, together), *passes] if together else passes
 
 
@@ -287,7 +289,7 @@ def _describe(model: nn.Module, signals: Sequence[Signal], seed: int) -> dict[st
     inner = _inner(model)
     return {
         "model": type(inner).__name__,
-        "signals": [name for name, made in (("spectrum", spectrum), ("mean-gradient", mean)) if made],
+        "signals": [*(["spectrum"] if spectrum else []), *(["mean-gradient"] if mean else [])],
         "estimator": spectrum.estimator if spectrum else "sketch",
         "sketch_dim": spectrum.sketch_dim if spectrum else None,
         "directions": mean.directions if mean else None,
@@ -300,15 +302,23 @@ def _shares(items: Sequence[int]) -> list[float]:
     return [count / total for count in items]
 
 
-def _check_loss(loss: Any, index: int) -> None:
+def _reaches_nothing(batch: str) -> str:
+    return (
+        f"the loss of {batch} reaches no target: no output gradient arrived at any of them. Check "
+        "that the targets are used in the forward pass and that the loss is not computed under "
+        "no_grad."
+    )
+
+
+def _check_loss(loss: Any, index: int, whole: bool) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise MeasurementError(f"the loss of batch {index} is no scalar tensor: {type(loss)}.")
     if not bool(torch.isfinite(loss)):
         raise MeasurementError(
-            f"the loss of batch {index} is {float(loss)}. Look at that batch (all labels ignored, "
+            f"the loss of batch {index} is {float(loss.detach())}. Look at that batch (all labels ignored, "
             "a sequence that is too long?), or measure in float32 or bfloat16."
         )
-    if not loss.requires_grad:
+    if whole and not loss.requires_grad:
         raise MeasurementError(
             f"the loss of batch {index} has no gradient: no target has a part in it. Check the "
             "targets and that the loss is not computed under no_grad or from detached outputs."
@@ -321,13 +331,15 @@ def _to_device(batch: Any, device: torch.device) -> Any:
     if hasattr(batch, "items"):
         return {key: _to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(_to_device(value, device) for value in batch)
+        moved = [_to_device(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 
 
 def _sizes(batch: Any) -> tuple[int, int]:
     """Return (examples, tokens) of a micro-batch, as far as its tensors tell."""
-    tensors = [v for v in batch.values() if isinstance(v, Tensor)] if hasattr(batch, "values") else []
+    values = batch.values() if hasattr(batch, "values") else []
+    tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors:
         return 0, 0
     examples = int(tensors[0].shape[0]) if tensors[0].dim() else 1

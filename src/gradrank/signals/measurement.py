@@ -15,12 +15,23 @@ from gradrank.core.errors import MeasurementError
 from gradrank.core.files import write_atomic
 from gradrank.core.targets import Target
 from gradrank.ops.sketch import seed_of
-from gradrank.ops.spectrum import eigenvalues, effective_rank, entropy_rank, stable_rank
+from gradrank.ops.spectrum import effective_rank, eigenvalues, entropy_rank, stable_rank
+from gradrank.signals.integrity import check_parts
 from gradrank.signals.mean_gradient import EVEN, ODD, WHOLE, MeanGradientStatistic
 from gradrank.signals.spectrum import SpectrumStatistic
 
 SCHEMA = "gradrank.measurement/1"
-MAX_BATCHES = 65_536
+# What reading a file of unknown origin can raise.
+_DAMAGE = (
+    SafetensorError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True)
@@ -197,12 +208,17 @@ class Measurement:
                     raise MeasurementError(f"'{path}' is no measurement (schema '{SCHEMA}').")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             measurement = cls._from_parts(header, tensors)
-            measurement._check()
+            check_parts(
+                measurement.targets,
+                measurement.spectrum,
+                measurement.mean_gradient,
+                measurement.info,
+            )
         except FileNotFoundError as error:
             raise MeasurementError(f"measurement '{path}' does not exist.") from error
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, MeasurementError):
-                raise
+        except MeasurementError:
+            raise
+        except _DAMAGE as error:
             raise MeasurementError(f"measurement '{path}' is damaged: {error}.") from error
         return measurement
 
@@ -221,26 +237,6 @@ class Measurement:
             mean = MeanGradientStatistic.from_tensors(parts["mean-gradient"], counts)
         return cls(targets, spectrum, mean, dict(header["info"]))
 
-    def _check(self) -> None:
-        names = [target.name for target in self.targets]
-        if not names or len(set(names)) != len(names):
-            raise MeasurementError("it names no target, or one twice.")
-        if self.spectrum is None and self.mean_gradient is None:
-            raise MeasurementError("it holds no statistic.")
-        if self.spectrum is not None:
-            count = self.batches
-            for name in names:
-                gram = self.spectrum.gram[name]
-                if gram.shape != (count, count) or not 0 < count <= MAX_BATCHES:
-                    raise MeasurementError(f"the Gram matrix of '{name}' is {tuple(gram.shape)}.")
-                if not bool(torch.isfinite(gram).all()):
-                    raise MeasurementError(f"the Gram matrix of '{name}' is not finite.")
-        if self.mean_gradient is not None:
-            for named in self.mean_gradient.values.values():
-                for name in names:
-                    if named[name].dim() != 1 or not bool(torch.isfinite(named[name]).all()):
-                        raise MeasurementError(f"the singular values of '{name}' are not finite.")
-
 
 def merge(parts: Sequence[Measurement], interleave: bool = False) -> Measurement:
     """Return one measurement of the batches of several.
@@ -256,15 +252,17 @@ def merge(parts: Sequence[Measurement], interleave: bool = False) -> Measurement
     Raises:
         MeasurementError: If the parts do not fit together.
     """
+    if not parts:
+        raise MeasurementError("there is no measurement to merge.")
     first = parts[0]
-    keys = ("estimator", "sketch_dim", "seed", "signals")
+    keys = ("estimator", "sketch_dim", "directions", "seed", "signals")
     for part in parts[1:]:
         if part.targets != first.targets or any(
             part.info.get(key) != first.info.get(key) for key in keys
         ):
             raise MeasurementError(
-                "measurements to be merged differ in targets, signals, estimator, sketch size or "
-                "seed. Measure them with the same settings."
+                "measurements to be merged differ in targets, signals, estimator, sketch size, "
+                "directions or seed. Measure them with the same settings."
             )
     spectrum = mean = None
     if first.spectrum is not None:

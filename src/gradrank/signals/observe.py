@@ -78,7 +78,7 @@ class Observer:
 
     def _forward_hook(self, target: Target) -> Callable[..., Tensor | None]:
         def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> Tensor | None:
             if not torch.is_grad_enabled() or not isinstance(output, Tensor):
                 # The first pass of reentrant checkpointing, or an evaluation: nothing flows back.
@@ -89,7 +89,7 @@ class Observer:
             if not output.requires_grad:
                 # A copy and not the leaf itself, so that in-place operations may follow.
                 replaced = output = output.detach().requires_grad_().clone()
-            output.register_hook(self._grad_hook(target, kept))
+            _own(output).register_hook(self._grad_hook(target, kept))
             return replaced
 
         return hook
@@ -123,3 +123,15 @@ class Observer:
         if last is None or last[0]() is not x or last[1] != x._version:
             last = self._last_input = (weakref.ref(x), x._version, {})
         return last[2]
+
+
+def _own(output: Tensor) -> Tensor:
+    """Return the tensor whose gradient survives an in-place operation on the output.
+
+    Such an operation on a view (the output of a linear layer with bias on a 3-D input) gives the
+    view a new history, and hooks on the old one never run; those of its base do.
+    """
+    base = output._base
+    if base is None or not base.requires_grad or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output

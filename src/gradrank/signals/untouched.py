@@ -2,9 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+_SETTINGS = ("use_cache", "problem_type")
 
 
 @contextlib.contextmanager
@@ -17,7 +20,7 @@ def untouched(model: nn.Module, seed: int) -> Iterator[None]:
     fields are never touched.
 
     Gradient checkpointing works only in training mode, so modules that checkpoint keep their own
-    training flag on, and nothing below them does.
+    training flag on, and nothing below them does; drop-out rates of their own are zero inside.
 
     Args:
         model: The model.
@@ -29,18 +32,29 @@ def untouched(model: nn.Module, seed: int) -> Iterator[None]:
     frozen = [p for p in model.parameters() if p.requires_grad]
     modes = [(module, module.training) for module in model.modules()]
     config = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
+    # transformers notes the kind of labels that a classifier was first called with.
+    settings = {key: getattr(config, key) for key in _SETTINGS if hasattr(config, key)}
+    checkpointing = [
+        m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True
+    ]
+    rates = [(module, name, rate) for module in checkpointing for name, rate in _drop_rates(module)]
+    handles = [module.register_forward_pre_hook(_start_graph) for module in checkpointing]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed, which would also seed accelerators that this model does not use.
+        torch.default_generator.manual_seed(seed)
+        for index in devices:
+            with torch.cuda.device(index):
+                torch.cuda.manual_seed(seed)
         try:
             for parameter in frozen:
                 parameter.requires_grad_(False)
             model.eval()
-            for module, _ in modes:
-                if getattr(module, "gradient_checkpointing", False) is True:
-                    module.training = True
-            if cached:
+            for module in checkpointing:
+                module.training = True
+            for module, name, _ in rates:
+                setattr(module, name, 0.0)
+            if settings.get("use_cache"):
                 config.use_cache = False  # pyright: ignore[reportOptionalMemberAccess]
             yield
         finally:
@@ -48,5 +62,28 @@ def untouched(model: nn.Module, seed: int) -> Iterator[None]:
                 parameter.requires_grad_(True)
             for module, training in modes:
                 module.training = training
-            if cached:
-                config.use_cache = cached  # pyright: ignore[reportOptionalMemberAccess]
+            for module, name, rate in rates:
+                setattr(module, name, rate)
+            for handle in handles:
+                handle.remove()
+            for key, value in settings.items():
+                setattr(config, key, value)
+
+
+def _drop_rates(module: nn.Module) -> list[tuple[str, float]]:
+    """Rates that a module passes to functional dropout or layer drop itself."""
+    own = vars(module).items()
+    return [(name, rate) for name, rate in own if "drop" in name and isinstance(rate, float)]
+
+
+def _start_graph(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG001
+    """Let a gradient flow through a frozen model's first block.
+
+    Reentrant checkpointing gives gradients only to blocks whose input asks for one.
+    """
+    x = args[0] if args else None
+    if not torch.is_grad_enabled() or not isinstance(x, Tensor) or x.requires_grad:
+        return None
+    if not x.is_floating_point():
+        return None
+    return (x.detach().requires_grad_().clone(), *args[1:])

@@ -1,0 +1,155 @@
+"""Entry point ``gradrank``: verbs are imported when they are used, errors end in one message."""
+
+import contextlib
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from gradrank import __version__
+from gradrank.cli.exits import DONE, FAILED, INTERRUPTED, REFUSED, RunFailedError
+from gradrank.core.errors import GradrankError, OutputError, nearest
+
+# Verb: one line for the listing. The module of a verb is imported when the verb is used.
+VERBS = {
+    "demo": "Uniform, gard and waterfill on a real model, end to end, in minutes.",
+    "plan": "Measure gradients and decide which rank each module gets.",
+    "train": "Fine-tune a model with the capacity placed by a method or a plan.",
+    "show": "Print a plan or an adapter: ranks, parameters, scales.",
+    "report": "Draw one HTML page from the records of runs.",
+    "export": "Write an adapter for others to load, with a check of its logits.",
+    "methods": "List the methods, with their sources and options.",
+    "tasks": "List the tasks that need no data file.",
+}
+
+START = """\
+Start here:
+  gradrank demo                                  a real model, three methods, one report
+  gradrank plan --model MODEL --data FILE --head lm --budget uniform:8 --out my-plan
+  gradrank train --plan my-plan/plan.json --model MODEL --data FILE --head lm --out my-run"""
+
+_SETTINGS = {"max_content_width": 100, "help_option_names": ["-h", "--help"], "show_default": True}
+
+
+class Verbs(click.Group):
+    """The verbs, imported lazily, and the one place where errors become messages."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs in the order in which a newcomer needs them."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a verb."""
+        if cmd_name not in VERBS:
+            return None
+        return importlib.import_module(f"gradrank.cli.{cmd_name}").command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Refuse an unknown verb with the nearest one."""
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            raise click.UsageError(f"verb '{args[0]}' is unknown. {nearest(args[0], VERBS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs from the table, without importing any."""
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run, and leave with an exit status: 0 done, 1 failure, 2 refused, 130 interrupted."""
+        given = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in given or os.environ.get("GRADRANK_DEBUG", "") not in {"", "0"}
+        extra |= {"complete_var": complete_var, "windows_expand_args": windows_expand_args}
+        if not standalone_mode:
+            return super().main(given, "gradrank", standalone_mode=False, **extra)
+        try:
+            status = super().main(given, "gradrank", standalone_mode=False, **extra)
+        except BaseException as error:
+            status = explain(error, debug)
+        # Return values of verbs are exit statuses; anything else means done.
+        sys.exit(status if isinstance(status, int) else DONE)
+
+
+def explain(error: BaseException, debug: bool) -> int:
+    """Print what went wrong, as one message on stderr.
+
+    Args:
+        error: What was raised.
+        debug: Whether to print the traceback too.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: If that is what was raised.
+    """
+    if isinstance(error, SystemExit):
+        raise error
+    if debug and not isinstance(error, click.exceptions.Exit | click.Abort):
+        traceback.print_exception(error)
+    if isinstance(error, click.Abort | KeyboardInterrupt | EOFError):
+        _say(_interruption(error))
+        return INTERRUPTED
+    if isinstance(error, click.ClickException):
+        _say(f"error: {error.format_message()}")
+        context = getattr(error, "ctx", None)
+        if context is not None:
+            _say(f"See '{context.command_path} --help'.")
+        return error.exit_code
+    if isinstance(error, GradrankError):
+        _say(f"error: {error}")
+        # An existing folder is refused input; a full disk is a failure.
+        broke = isinstance(error, OutputError) and isinstance(error.__cause__, OSError)
+        return FAILED if broke or isinstance(error, RunFailedError) else REFUSED
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        _say(f"error: no space left on the device{_place(error)}. Free some space and try again.")
+        return FAILED
+    text = " ".join(str(error).split()) or "no message"
+    _say(f"error: {type(error).__name__}: {text[:500]}")
+    if not debug:
+        _say("This was not foreseen. Run again with --debug (or GRADRANK_DEBUG=1) for a traceback.")
+    return FAILED
+
+
+def _interruption(error: BaseException) -> str:
+    """Return what a verb says about what an interruption left behind."""
+    cause = error.__cause__ if isinstance(error, click.Abort) else error
+    text = str(cause) if cause is not None else ""
+    if text.startswith("interrupted"):
+        return text
+    return f"interrupted: {text}" if text else "interrupted"
+
+
+def _place(error: OSError) -> str:
+    return f" while writing '{error.filename}'" if error.filename else ""
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
+
+
+@click.group(cls=Verbs, invoke_without_command=True, context_settings=_SETTINGS)
+@click.version_option(__version__, prog_name="gradrank", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, expose_value=False, help="Print tracebacks of errors.")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Decide where LoRA capacity goes, under an exact budget of trainable parameters."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+        click.echo(f"\n{START}")

@@ -1,0 +1,326 @@
+"""The flags of all verbs, each defined once; a verb names those that it takes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gradrank.cli import runfile
+
+HEADS = ("lm", "classification", "image")
+Decorator = Callable[[Any], Any]
+
+_COUNT = click.IntRange(min=1)
+_MAYBE = click.IntRange(min=0)
+_PATH = click.Path(path_type=Path)
+
+
+class Flag(click.Option):
+    """An option that knows under which heading ``--help`` lists it."""
+
+    def __init__(self, *names: str, group: str, **rest: Any) -> None:
+        super().__init__(list(names), **rest)
+        self.group = group
+
+
+class Verb(click.Command):
+    """A verb: its flags are listed under headings, its examples as they are written."""
+
+    def __init__(self, *args: Any, examples: str = "", **rest: Any) -> None:
+        super().__init__(*args, **rest)
+        self.examples = examples
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the flags by heading."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(param, "group", "Other"), []).append(record)
+        for heading in sorted(groups, key=lambda name: name == "Other"):
+            with formatter.section(heading):
+                formatter.write_dl(groups[heading])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the examples."""
+        if self.examples:
+            with formatter.section("Examples"):
+                formatter.write("".join(f"  {line}\n" for line in self.examples.splitlines()))
+
+
+def _flag(group: str, *names: str, **rest: Any) -> Callable[[], Flag]:
+    rest.setdefault("show_default", True)
+    return lambda: Flag(*names, group=group, **rest)
+
+
+def _switch(group: str, name: str, text: str) -> Callable[[], Flag]:
+    return _flag(group, name, is_flag=True, default=False, show_default=False, help=text)
+
+
+_D, _M, _S, _T, _R = "Model and data", "Method", "Measuring", "Training", "Running"
+
+_FLAGS: dict[str, Callable[[], Flag]] = {
+    "model": _flag(
+        _D,
+        "--model",
+        metavar="NAME",
+        help="A folder, a name that needs no hub (smollm2-135m, minilm-l6, tiny-llama, ...), or a "
+        "name on the model hub.",
+    ),
+    "task": _flag(_D, "--task", metavar="NAME", help="A registered task: see 'gradrank tasks'."),
+    "data": _flag(
+        _D,
+        "--data",
+        metavar="FILE",
+        help="Your own data: .jsonl, .json, .csv, .tsv, .txt, .parquet (all but the last also "
+        ".gz), a folder class/picture, or a public data set as NAME or NAME:CONFIGURATION.",
+    ),
+    "eval_data": _flag(
+        _D,
+        "--eval-data",
+        metavar="FILE",
+        help="Evaluation split; default: every tenth example of --data is held out, at random.",
+    ),
+    "text_column": _flag(_D, "--text-column", metavar="NAME", help="Column with the text."),
+    "label_column": _flag(_D, "--label-column", metavar="NAME", help="Column with the class."),
+    "image_column": _flag(
+        _D, "--image-column", metavar="NAME", help="Column with the path of a picture."
+    ),
+    "head": _flag(
+        _D, "--head", type=click.Choice(HEADS), help="What the model predicts; tasks know theirs."
+    ),
+    "max_length": _flag(
+        _D,
+        "--max-length",
+        type=click.IntRange(min=1),
+        metavar="TOKENS",
+        help="Longest sequence; for --head lm the length of every block. Default: 256, or less if "
+        "the model has fewer positions.",
+    ),
+    "trust_remote_code": _switch(
+        _D, "--trust-remote-code", "Run code that comes with a hub model. Off unless you ask."
+    ),
+    "method": _flag(_M, "--method", metavar="NAME", default="gard", help="See 'gradrank methods'."),
+    "option": _flag(
+        _M,
+        "--option",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="An option of the method; may be repeated.",
+    ),
+    "budget": _flag(
+        _M,
+        "--budget",
+        metavar="BUDGET",
+        default="uniform:8",
+        help="Trainable adapter parameters: 200000, uniform:8 (what uniform LoRA of that rank "
+        "costs), or 0.5% of the base model.",
+    ),
+    "targets": _flag(
+        _M,
+        "--targets",
+        metavar="NAMES",
+        default="all-linear",
+        help="all-linear, or module names with commas between (q_proj,v_proj), or re:EXPRESSION.",
+    ),
+    "batches": _flag(
+        _S, "--batches", type=_COUNT, metavar="M", default=32, help="Mini-batches to measure."
+    ),
+    "batch_size": _flag(
+        _S, "--batch-size", metavar="N", type=_COUNT, default=8, help="Examples in a micro-batch."
+    ),
+    "accumulate": _flag(
+        _S,
+        "--accumulate",
+        metavar="N",
+        type=_COUNT,
+        default=1,
+        help="Micro-batches in a mini-batch, and in a training step.",
+    ),
+    "calibration_seed": _flag(
+        _S,
+        "--calibration-seed",
+        metavar="N",
+        type=_MAYBE,
+        show_default=False,
+        help="Seed of measuring. Default: --seed.",
+    ),
+    "steps": _flag(_T, "--steps", metavar="N", type=_COUNT, default=100, help="Optimizer steps."),
+    "lr": _flag(
+        _T,
+        "--lr",
+        metavar="X",
+        type=click.FloatRange(min=0, min_open=True),
+        default=2e-4,
+        help="Peak learning rate of AdamW.",
+    ),
+    "schedule": _flag(
+        _T,
+        "--schedule",
+        type=click.Choice(["linear", "constant"]),
+        default="linear",
+        help="Learning rate after the warm-up: to zero, or constant.",
+    ),
+    "warmup": _flag(
+        _T, "--warmup", metavar="N", type=_MAYBE, default=0, help="Steps of rising rate."
+    ),
+    "weight_decay": _flag(
+        _T,
+        "--weight-decay",
+        metavar="X",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        help="Decoupled decay.",
+    ),
+    "lora_alpha": _flag(
+        _T,
+        "--lora-alpha",
+        metavar="X",
+        type=click.FloatRange(min=0, min_open=True),
+        default=16.0,
+        help="Every adapter is scaled by this over the budget's uniform rank, whatever its rank.",
+    ),
+    "eval_every": _flag(
+        _T,
+        "--eval-every",
+        metavar="N",
+        type=_MAYBE,
+        default=0,
+        help="Evaluate every N steps; 0: at the end.",
+    ),
+    "eval_batches": _flag(
+        _T,
+        "--eval-batches",
+        type=_COUNT,
+        metavar="N",
+        help="Evaluate on so many batches only. Default: all.",
+    ),
+    "checkpoint_every": _flag(
+        _T,
+        "--checkpoint-every",
+        metavar="N",
+        type=_MAYBE,
+        default=0,
+        help="Write a checkpoint every N steps; 0: only when interrupted.",
+    ),
+    "gradient_checkpointing": _switch(
+        _T, "--gradient-checkpointing", "Recompute activations in training, to save memory."
+    ),
+    "seed": _flag(
+        _R,
+        "--seed",
+        metavar="N",
+        type=_MAYBE,
+        default=0,
+        help="Seed of splits, adapters, data order, dropout.",
+    ),
+    "device": _flag(
+        _R, "--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1."
+    ),
+    "dtype": _flag(
+        _R,
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        help="Of the base weights; auto: bfloat16 on a GPU that has it, else float32.",
+    ),
+    "out": _flag(
+        _R, "--out", type=_PATH, metavar="DIR", show_default=False, help="Folder to write."
+    ),
+    "overwrite": _switch(
+        _R, "--overwrite", "Replace what stands at --out, if gradrank wrote all of it."
+    ),
+    "config": _flag(
+        _R,
+        "--config",
+        type=_PATH,
+        metavar="FILE",
+        is_eager=True,
+        expose_value=False,
+        show_default=False,
+        callback=runfile.use,
+        help="YAML file with these flags as keys; flags given here override it.",
+    ),
+    "json": _flag(
+        _R,
+        "--json",
+        "as_json",
+        is_flag=True,
+        default=False,
+        show_default=False,
+        help="Print one JSON object on stdout, everything else on stderr.",
+    ),
+    "quiet": _switch(_R, "--quiet", "Say nothing on stderr but warnings and errors."),
+    "debug": _flag(
+        _R,
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        show_default=False,
+        help="Print the traceback of an error.",
+    ),
+}
+
+DATA = (
+    "model", "task", "data", "eval_data", "text_column", "label_column", "image_column", "head",
+    "max_length", "trust_remote_code",
+)  # fmt: skip
+METHOD = ("method", "option", "budget", "targets")
+MEASURING = ("batches", "batch_size", "accumulate", "calibration_seed")
+TRAINING = (
+    "steps", "lr", "schedule", "warmup", "weight_decay", "lora_alpha", "eval_every",
+    "eval_batches", "checkpoint_every", "gradient_checkpointing",
+)  # fmt: skip
+RUNNING = ("seed", "device", "dtype", "out", "overwrite")
+COMMON = ("config", "json", "quiet", "debug")
+
+
+def flags(*names: str, **defaults: Any) -> Decorator:
+    """Return a decorator that adds flags to a verb, in this order.
+
+    Args:
+        *names: Names of flags.
+        **defaults: Other defaults than the usual ones.
+
+    Returns:
+        The decorator.
+    """
+
+    def add(function: Any) -> Any:
+        made = []
+        for name in names:
+            flag = _FLAGS[name]()
+            if name in defaults:
+                flag.default, flag.show_default = defaults[name], True
+            made.append(flag)
+        # click reads this list from its end, as nested decorators would have filled it.
+        function.__click_params__ = [*getattr(function, "__click_params__", []), *reversed(made)]
+        return function
+
+    return add
+
+
+def extra(group: str, *names: str, **rest: Any) -> Decorator:
+    """Return a decorator that adds a flag of one verb only.
+
+    Args:
+        group: Heading.
+        *names: As for ``click.Option``.
+        **rest: As for ``click.Option``.
+
+    Returns:
+        The decorator.
+    """
+
+    def add(function: Any) -> Any:
+        flag = _flag(group, *names, **rest)()
+        function.__click_params__ = [*getattr(function, "__click_params__", []), flag]
+        return function
+
+    return add
+
+
+def known_keys() -> set[str]:
+    """Return the keys that a run's configuration may hold, whichever verb reads it."""
+    return {*DATA, *METHOD, *MEASURING, *TRAINING, *RUNNING, "json", "quiet", "plan", "methods"}

@@ -1,0 +1,96 @@
+"""``gradrank show``: a plan or an adapter in the terminal."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gradrank.cli.adapter import AdapterFacts, read_adapter
+from gradrank.cli.console import Console
+from gradrank.cli.options import COMMON, Verb, flags
+from gradrank.core.errors import DataError
+from gradrank.core.plan import Plan
+
+EXAMPLES = """\
+gradrank show my-plan/plan.json
+gradrank show my-run/adapter --json"""
+
+
+@click.command(cls=Verb, examples=EXAMPLES)
+@click.argument("path", type=click.Path(path_type=Path))
+@flags(*COMMON)
+def command(path: Path, as_json: bool, quiet: bool) -> None:
+    """Print a plan.json or an adapter folder: ranks, parameters, scales, budget, reliability.
+
+    PATH is a plan.json, a folder with one (of 'plan' or 'train'), or a PEFT adapter folder. No
+    model is loaded.
+    """
+    console = Console(as_json, quiet)
+    if (path / "adapter_config.json").is_file():
+        _show_adapter(read_adapter(path), console)
+        return
+    _show_plan(Plan.load(_plan_file(path)), console)
+    if (path / "adapter" / "adapter_config.json").is_file():
+        console.show(f"adapter: gradrank show {path / 'adapter'}")
+
+
+def _plan_file(path: Path) -> Path:
+    if not path.exists():
+        raise DataError(f"'{path}' does not exist. Give a plan.json, a run or an adapter folder.")
+    if not path.is_dir():
+        return path
+    if not (path / "plan.json").is_file():
+        raise DataError(f"folder '{path}' holds neither a plan.json nor an adapter_config.json.")
+    return path / "plan.json"
+
+
+def _show_plan(plan: Plan, console: Console) -> None:
+    from gradrank.cli.tables import by_type, plan_lines, rank_maps
+    from gradrank.report.text import clean
+
+    targets = [planned.target for planned in plan.targets]
+    options = ", ".join(f"{key}={value}" for key, value in plan.options.items())
+    model = plan.provenance.get("model_spec") or plan.provenance.get("model_name")
+    console.show(
+        clean(f"method {plan.method} ({options or 'no options'}) on {model or 'an unnamed model'}"),
+        *rank_maps(targets, plan.ranks),
+        by_type(targets, plan.ranks),
+        *plan_lines(plan),
+        f"scale: lora_alpha / {plan.reference_rank} for every target, whatever its rank",
+    )
+    console.result({"kind": "plan", **plan.to_dict(), "ranks": plan.ranks, "slack": plan.slack})
+
+
+def _show_adapter(facts: AdapterFacts, console: Console) -> None:
+    from gradrank.cli.tables import by_type, rank_maps
+    from gradrank.report.text import clean
+
+    ranks = {target.name: rank for target, rank in facts.ranks.items()}
+    targets = list(facts.ranks)
+    other = f" and {facts.other_parameters:,} of other modules" if facts.other_parameters else ""
+    console.show(
+        clean(f"adapter for {facts.base_model or 'an unnamed model'}"),
+        *rank_maps(targets, ranks),
+        by_type(targets, ranks),
+        f"{facts.parameters:,} adapter parameters{other} in {facts.dtype}",
+        f"scale: {_scales(facts.scales)}",
+    )
+    console.result(
+        {
+            "kind": "adapter",
+            "base_model": facts.base_model,
+            "parameters": facts.parameters,
+            "other_parameters": facts.other_parameters,
+            "dtype": facts.dtype,
+            "ranks": ranks,
+            "scales": dict(facts.scales),
+        }
+    )
+
+
+def _scales(scales: Mapping[str, Any]) -> str:
+    values = sorted(set(scales.values()))
+    if len(values) == 1:
+        return f"{values[0]:g} for every target"
+    return f"{values[0]:g} to {values[-1]:g}, {len(values)} different ones (see --json)"

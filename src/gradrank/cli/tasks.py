@@ -1,0 +1,37 @@
+"""``gradrank tasks``: data that needs no file of the user's."""
+
+import click
+
+from gradrank.cli.console import Console
+from gradrank.cli.options import COMMON, Verb, flags
+
+EXAMPLES = """\
+gradrank tasks
+gradrank tasks --json"""
+
+
+@click.command(cls=Verb, examples=EXAMPLES)
+@flags(*COMMON)
+def command(as_json: bool, quiet: bool) -> None:
+    """List the registered tasks with head, metric, source and licence."""
+    console = Console(as_json, quiet)
+    with console.working():
+        from gradrank.cli.tables import table
+        from gradrank.lab.tasks import TASKS
+
+        rows = [
+            {
+                "name": task.name,
+                "head": task.head,
+                "metric": task.metric,
+                "description": task.description,
+                "source": task.source,
+                "licence": task.licence,
+            }
+            for task in TASKS.values()
+        ]
+    heads = ("name", "head", "metric", "description", "source")
+    cells = [[row[head] for head in heads] for row in rows]
+    console.show(table("", ("task", *heads[1:]), cells, left=5))
+    console.show("use: --task NAME; for your own data: --data FILE --head lm|classification|image")
+    console.result({"tasks": rows})

@@ -1,0 +1,135 @@
+"""Checkpoints that are known to be whole: a marker with checksums is written last.
+
+The Trainer writes many files one after another; a process that dies in between leaves a folder
+that looks like a checkpoint. Only a folder whose marker matches every file is resumed from.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradrank.core.errors import DataError, OptionError
+from gradrank.core.files import read_json, write_json
+from gradrank.lab.download import sha256_of
+
+MARKER = "complete.json"
+STATE = "gradrank_state.json"
+# A pickle of the Trainer's arguments, with local paths in it; nothing needs it to resume.
+_UNWANTED = ("training_args.bin",)
+
+
+def seal(folder: Path, state: Mapping[str, Any]) -> None:
+    """Finish a checkpoint that the Trainer has written.
+
+    Args:
+        folder: The checkpoint's folder.
+        state: What else a resumed run needs (losses so far, settings); plain data.
+    """
+    for name in _UNWANTED:
+        (folder / name).unlink(missing_ok=True)
+    write_json(folder / STATE, dict(state))
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_of(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MARKER
+    }
+    write_json(folder / MARKER, {"files": files})
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether a checkpoint is whole.
+
+    Args:
+        folder: Its folder.
+
+    Returns:
+        Whether its marker is there and matches every file it names.
+    """
+    try:
+        files = read_json(folder / MARKER, "marker")["files"]
+        return STATE in files and all(
+            (folder / name).stat().st_size == expected["bytes"]
+            and sha256_of(folder / name) == expected["sha256"]
+            for name, expected in files.items()
+        )
+    except (DataError, OSError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def last_complete(folder: Path) -> Path | None:
+    """Find the newest whole checkpoint.
+
+    Args:
+        folder: The folder that holds ``checkpoint-<step>`` folders.
+
+    Returns:
+        The one with the most steps, or None.
+    """
+    found = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.is_dir() and path.name.rpartition("-")[2].isdigit()
+    ]
+    ordered = sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((path for path in ordered if is_complete(path)), None)
+
+
+def read_state(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what :func:`seal` was given, and check that the run is the same one.
+
+    Args:
+        folder: A whole checkpoint.
+        settings: The settings of the run that wants to resume.
+
+    Returns:
+        The state.
+
+    Raises:
+        OptionError: If the settings differ: the result would be neither run's.
+    """
+    state = read_json(folder / STATE, "checkpoint state")
+    before = state["settings"]
+    changed = [
+        f"{name} {before.get(name)!r} -> {value!r}"
+        for name, value in settings.items()
+        if before.get(name) != value
+    ]
+    if changed:
+        raise OptionError(
+            f"checkpoint '{folder.name}' was made with other settings: {', '.join(changed)}. "
+            f"Resume with the same ones, or start again in a new folder."
+        )
+    return state
+
+
+def check_same_adapter(model: Any, folder: Path) -> None:
+    """Check that a checkpoint's adapter has the shape of the model's.
+
+    Args:
+        model: The model, with its adapter.
+        folder: A whole checkpoint.
+
+    Raises:
+        DataError: If a target's rank or scale differs, or the checkpoint holds no adapter.
+    """
+    active = getattr(model, "active_adapter", None)
+    configs = getattr(model, "peft_config", None)
+    path = folder / "adapter_config.json"
+    if not configs or not isinstance(active, str):
+        return
+    if not path.is_file():
+        raise DataError(f"checkpoint '{folder.name}' holds no adapter, but the model has one.")
+    saved, now = read_json(path, "adapter configuration"), configs[active].to_dict()
+    for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"):
+        before, after = saved.get(key), now.get(key)
+        if key == "target_modules" and isinstance(before, list):
+            before, after = sorted(before), sorted(after or ())
+        if before != after:
+            raise DataError(
+                f"checkpoint '{folder.name}' was made with another plan: its adapter differs from "
+                f"the model's in '{key}'. Resume with the plan of that run, or start again in a "
+                f"new folder."
+            )

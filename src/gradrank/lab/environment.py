@@ -1,0 +1,100 @@
+"""What a run ran on: device, dtype, versions. No host, user or path names."""
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from gradrank.core.errors import OptionError, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PACKAGES = ("gradrank", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Describe where a run ran, for its record.
+
+    Args:
+        device: The device of the model.
+        dtype: The dtype of the base model's weights.
+
+    Returns:
+        ``python``, ``system``, ``machine``, ``processors``, ``threads`` (of PyTorch), ``device``,
+        ``dtype`` and ``versions``; nothing that names a person, a host or a folder.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processors": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "device": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": {package: version(package) for package in _PACKAGES if version(package)},
+    }
+
+
+def version(package: str) -> str:
+    """Return the installed version of a package, or an empty string.
+
+    Args:
+        package: Its distribution name.
+    """
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """Turn a device name into a device.
+
+    Args:
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Returns:
+        The device.
+
+    Raises:
+        OptionError: If the name is unknown or there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(f"unknown device '{device}'. Known: auto, cpu, cuda, cuda:N.") from error
+    if chosen.type not in {"cpu", "cuda"}:
+        raise OptionError(f"device '{device}' is not supported. Known: auto, cpu, cuda, cuda:N.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise OptionError(
+            f"device '{device}' is not there: PyTorch sees {torch.cuda.device_count()} CUDA "
+            f"devices. Choose 'cpu' or 'auto', or install a CUDA build of PyTorch."
+        )
+    return chosen
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Turn a dtype name into a dtype.
+
+    Args:
+        dtype: ``auto`` (bfloat16 on a GPU that has it, else float32) or a name in ``DTYPES``.
+        device: Where the model will be.
+
+    Returns:
+        The dtype of the base model's weights.
+
+    Raises:
+        OptionError: If the name is unknown, or a CPU is asked for float16.
+    """
+    if dtype == "auto":
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if half else torch.float32
+    if dtype not in DTYPES:
+        raise OptionError(f"unknown dtype '{dtype}'. {nearest(dtype, [*DTYPES, 'auto'])}")
+    if dtype == "float16" and device.type == "cpu":
+        raise OptionError("dtype 'float16' is not usable for training on a CPU. Use 'float32'.")
+    return DTYPES[dtype]

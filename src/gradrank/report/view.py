@@ -1,0 +1,143 @@
+"""What a report knows of a run: cleaned texts and finite numbers, nothing else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gradrank.record import RunRecord
+from gradrank.report.text import as_count
+
+BASELINE = "uniform"
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a plan gives one target: rank, shape, parameters and the method's score."""
+
+    rank: int
+    d_in: int
+    d_out: int
+    score: float | None
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters, recomputed and not trusted from the file."""
+        return self.rank * (self.d_in + self.d_out)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured of one target; empty or None where nothing was."""
+
+    eigenvalues: tuple[float, ...] = ()
+    singular_values: tuple[float, ...] = ()
+    effective_rank: int | None = None
+    entropy_rank: float | None = None
+    stable_rank: float | None = None
+    energy: float | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement, possibly shared by several runs.
+
+    Attributes:
+        targets: What was measured, by target name.
+        facts: ``batches``, ``examples``, ``tokens``, ``sketch_dim``, ``seconds``,
+            ``peak_memory_bytes``; only those that are known.
+        estimator: Name of the estimator, or "".
+        alpha: Energy threshold of the effective rank, or None if unknown.
+        runs: Labels of the runs that used it.
+    """
+
+    targets: Mapping[str, Measured]
+    facts: Mapping[str, float] = field(default_factory=dict)
+    estimator: str = ""
+    alpha: float | None = None
+    runs: tuple[str, ...] = ()
+
+    @property
+    def batches(self) -> int | None:
+        """Number of mini-batches M, which bounds every effective rank."""
+        told = as_count(self.facts.get("batches"))
+        return told or max((len(m.eigenvalues) for m in self.targets.values()), default=0) or None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One record as the report sees it; every text in it is cleaned, every number finite."""
+
+    label: str
+    method: str
+    kind: str
+    status: str
+    seed: int | None
+    record: RunRecord
+    planned: Mapping[str, Planned]
+    budget: int | None
+    provenance: Mapping[str, Any]
+    reliability: Mapping[str, Any] | None
+    measurement: Measurement | None
+    train: tuple[tuple[float, float], ...]
+    evals: tuple[tuple[float, float], ...]
+    metrics: Mapping[str, float]
+    cost: Mapping[str, float]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run ended as intended."""
+        return self.status == "finished"
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank by target name, zeros included."""
+        return {name: planned.rank for name, planned in self.planned.items()}
+
+    @property
+    def parameters(self) -> int | None:
+        """Adapter parameters: of the plan, else as the record tells them."""
+        if self.planned:
+            return sum(planned.parameters for planned in self.planned.values())
+        return as_count(self.record.trainable_parameters.get("final"))
+
+    @property
+    def slack(self) -> int | None:
+        """Parameters of the budget that are left, or None without a budget."""
+        if self.budget is None or self.parameters is None:
+            return None
+        return self.budget - self.parameters
+
+    @property
+    def final_loss(self) -> float | None:
+        """Final evaluation loss in nats: the metric, else the end of the curve."""
+        told = self.metrics.get("eval_loss")
+        return told if told is not None else (self.evals[-1][1] if self.evals else None)
+
+    @property
+    def steps(self) -> int | None:
+        """Training steps: taken, else the last one with a loss, else those asked for."""
+        ends = [curve[-1][0] for curve in (self.train, self.evals) if curve]
+        asked = as_count(self.record.config.get("steps")) if self.kind == "train" else None
+        return as_count(self.cost.get("steps")) or (int(max(ends)) if ends else asked)
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Wall time of the whole run: measuring, training and evaluating, as far as known."""
+        parts = [self.cost.get(f"{part}_seconds") for part in ("measure", "train", "eval")]
+        known = [part for part in parts if part is not None]
+        return sum(known) if known else None
+
+    def fact(self, *keys: str) -> Any:
+        """Return the first known value among provenance and configuration.
+
+        Args:
+            *keys: Names to look under, in order of preference.
+
+        Returns:
+            The value, or None.
+        """
+        for source in (self.provenance, self.record.config):
+            for key in keys:
+                if source.get(key) not in (None, "", [], {}):
+                    return source[key]
+        return None

@@ -1,0 +1,28 @@
+"""What every test starts from: no hub, one thread, seeded randomness, the tiny architectures."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+from cases import CASES, Case
+from hypothesis import settings
+
+settings.register_profile("gradrank", derandomize=True, deadline=None, max_examples=40)
+settings.load_profile("gradrank")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed torch before every test, so that none depends on its neighbours."""
+    torch.manual_seed(20240)
+    return 20240
+
+
+@pytest.fixture(params=list(CASES.values()), ids=list(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    """One tiny architecture after the other."""
+    return request.param

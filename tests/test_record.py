@@ -1,0 +1,115 @@
+"""Run records: plain data that survives, and malformed ones that do not."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gradrank as gr
+
+
+def a_record(**fields: Any) -> gr.RunRecord:
+    return gr.RunRecord(
+        **{
+            "name": "gard",
+            "kind": "train",
+            "created": "2026-01-02T03:04:05Z",
+            "config": {"method": "gard", "options": {"energy": 0.9}},
+            "seeds": {"run": 1, "calibration": 0},
+            "losses": {"train": [[1, 2.5], [2, 2.25]], "eval": [[2, 2.0]]},
+            "ranks_over_time": [[0, {"a": 2}]],
+            "metrics": {"perplexity": 7.5},
+            **fields,
+        }
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    record = a_record(plan={"schema": "gradrank.plan/1"}, measurement={"targets": {}})
+    record.save(path)
+    assert gr.RunRecord.load(path) == record
+    assert json.loads(path.read_text())["schema"] == "gradrank.record/1"
+    with pytest.raises(gr.OutputError, match="exists"):
+        record.save(path)
+    record.save(path, overwrite=True)
+
+
+def test_what_json_lacks_becomes_null(tmp_path: Path) -> None:
+    record = a_record(
+        metrics={"perplexity": math.inf, "loss": math.nan},
+        losses={"train": [[1, math.nan]]},
+        cost={"nested": {"x": (1.0, -math.inf)}},
+    )
+    record.save(tmp_path / "r.json")
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert data["metrics"] == {"perplexity": None, "loss": None}
+    assert data["losses"] == {"train": [[1, None]]}
+    assert data["cost"] == {"nested": {"x": [1.0, None]}}
+    assert gr.RunRecord.load(tmp_path / "r.json").metrics["loss"] is None
+
+
+def test_defaults_make_a_whole_record() -> None:
+    record = gr.RunRecord("x", "plan")
+    assert gr.RunRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert record.status == "finished"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"schema": "gradrank.plan/1"}, "found 'gradrank.plan/1'"),
+        ({"status": "done"}, "status 'done'; known: finished"),
+        ({"status": ["finished"]}, "status"),
+        ({"surprise": 1}, r"unknown fields \['surprise'\]"),
+        ({"name": 3}, "'name'"),
+        ({"name": None}, "'name'"),
+        ({"kind": ["train"]}, "'kind'"),
+        ({"created": 5}, "'created'"),
+        ({"config": None}, "'config' must be an object"),
+        ({"environment": "linux"}, "'environment' must be an object"),
+        ({"seeds": [1]}, "'seeds' must be an object"),
+        ({"losses": [1]}, "'losses' must be an object"),
+        ({"losses": {"train": 3}}, "'losses'"),
+        ({"losses": {"train": [3]}}, "'losses'"),
+        ({"losses": {"train": [["a", 3]]}}, "'losses'"),
+        ({"losses": {"train": [[1, 2, 3]]}}, "'losses'"),
+        ({"metrics": 3}, "'metrics' must be an object"),
+        ({"cost": "much"}, "'cost' must be an object"),
+        ({"trainable_parameters": 3}, "'trainable_parameters' must be an object"),
+        ({"plan": [1]}, "'plan' must be an object or null"),
+        ({"measurement": 5}, "'measurement' must be an object or null"),
+        ({"ranks_over_time": {"a": 1}}, "'ranks_over_time'"),
+    ],
+)
+def test_a_malformed_record_names_its_fault(change: dict[str, Any], says: str) -> None:
+    data = {**a_record().to_dict(), **change}
+    with pytest.raises(gr.DataError, match=says):
+        gr.RunRecord.from_dict(data)
+
+
+@pytest.mark.parametrize("missing", ["name", "kind", "schema"])
+def test_a_record_without_its_essentials_is_refused(missing: str) -> None:
+    data = a_record().to_dict()
+    del data[missing]
+    with pytest.raises(gr.DataError):
+        gr.RunRecord.from_dict(data, "'r.json'")
+
+
+@pytest.mark.parametrize("data", [None, 3, "x", [], {}])
+def test_what_is_no_record_is_refused(data: Any) -> None:
+    with pytest.raises(gr.DataError, match="no record"):
+        gr.RunRecord.from_dict(data)
+
+
+def test_files_that_are_no_records_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(gr.DataError, match="does not exist"):
+        gr.RunRecord.load(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text('{"schema": ')
+    with pytest.raises(gr.DataError, match="not valid JSON"):
+        gr.RunRecord.load(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(gr.DataError, match=r"r\.json"):
+        gr.RunRecord.load(tmp_path / "r.json")
