@@ -85,5 +85,5 @@ def test_gradients_that_are_zero_everywhere_are_refused() -> None:
 
 
 def test_estimators_reach_the_request() -> None:
-    assert gr.Gard(estimator="dense").signals() == (gr.Spectrum("dense", 64),)
+    assert gr.Gard(estimator="dense").signals() == (gr.Spectrum("dense", 128),)
     assert gr.Gard(sketch_dim=16).signals() == (gr.Spectrum("sketch", 16),)

@@ -93,8 +93,8 @@ def _measured(material: Material) -> Section:
     blocks: list[Block] = []
     layout, several = material.layout, len(material.measurements) > 1
     if not material.measurements:
-        text = "These records hold no measurement: the ranks do not come from gradients."
-        return Section("measured", title, [Paragraph(text)])
+        text = "These records hold no measurement, so there are no spectra to show."
+        blocks.append(Paragraph(text))
     for i, measured in enumerate(material.measurements):
         suffix = f"-{i + 1}" if i else ""
         lead = f"For {listed(measured.runs)}." if several or len(material.runs) > 1 else ""
