@@ -41,14 +41,19 @@ class Target:
     @property
     def depth(self) -> int | None:
         """First number in the dotted name (the block index), or None if it has none."""
-        return next((int(part) for part in self.name.split(".") if part.isdigit()), None)
+        return next((int(part) for part in self.name.split(".") if _is_index(part)), None)
 
     @property
     def stack(self) -> str:
         """Name before the block index (``encoder.layer``), which tells stacks apart."""
         parts = self.name.split(".")
-        end = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+        end = next((i for i, part in enumerate(parts) if _is_index(part)), 0)
         return ".".join(parts[:end])
+
+
+def _is_index(part: str) -> bool:
+    # Names may come from files: other scripts' digits and giant numbers are no block index.
+    return part.isascii() and part.isdigit() and len(part) <= 6
 
 
 def cost_of_rank_one(targets: Iterable[Target]) -> int:

@@ -53,7 +53,7 @@ def resolve_device(device: str = "auto") -> torch.device:
     """Turn a device name into a device.
 
     Args:
-        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+        device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
 
     Returns:
         The device.
@@ -66,13 +66,18 @@ def resolve_device(device: str = "auto") -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise OptionError(f"unknown device '{device}'. Known: auto, cpu, cuda, cuda:N.") from error
+        raise OptionError(f"unknown device '{device}'. Known: auto, cpu, cuda.") from error
     if chosen.type not in {"cpu", "cuda"}:
-        raise OptionError(f"device '{device}' is not supported. Known: auto, cpu, cuda, cuda:N.")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"device '{device}' is not supported. Known: auto, cpu, cuda.")
+    if (chosen.index or 0) > 0:
         raise OptionError(
-            f"device '{device}' is not there: PyTorch sees {torch.cuda.device_count()} CUDA "
-            f"devices. Choose 'cpu' or 'auto', or install a CUDA build of PyTorch."
+            f"device '{device}': a run uses the first GPU in sight. Set CUDA_VISIBLE_DEVICES="
+            f"{chosen.index} and choose 'cuda'."
+        )
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(
+            f"device '{device}' is not there: PyTorch {torch.__version__} sees no CUDA device. "
+            f"Choose 'cpu' or 'auto', or install a CUDA build of PyTorch."
         )
     return chosen
 

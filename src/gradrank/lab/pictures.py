@@ -33,7 +33,7 @@ class Pictures(Dataset):
         return {"pixel_values": pixels, "labels": self.labels[index]}
 
 
-def collate_pictures(items: list[dict[str, Any]]) -> Batch:
+def collate_pictures(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Stack pictures.
 
     Args:

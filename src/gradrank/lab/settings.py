@@ -130,7 +130,7 @@ def trainer_arguments(
     Returns:
         The arguments: the Trainer itself neither evaluates, logs nor reports anywhere.
     """
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -157,3 +157,9 @@ def trainer_arguments(
         dataloader_drop_last=examples >= settings.batch_size,
         dataloader_pin_memory=device.type == "cuda",
     )
+    if device.type == "cuda":
+        # With several GPUs in sight the Trainer would split batches over all of them. Reading the
+        # property first makes the Trainer find its device; then one GPU is what it works with.
+        _ = arguments.n_gpu
+        arguments._n_gpu = 1
+    return arguments

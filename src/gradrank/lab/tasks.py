@@ -39,7 +39,8 @@ class Task:
 
 def _reviews(say: Say) -> list[dict[str, Any]]:
     path = fetch_asset("movie-reviews", say) / "sentences.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
 
 
 def _review_texts(say: Say) -> Columns:
