@@ -7,8 +7,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
-from cases import CASES, Case
 from hypothesis import settings
+
+from cases import CASES, Case
 
 settings.register_profile("gradrank", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("gradrank")

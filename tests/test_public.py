@@ -56,7 +56,9 @@ def test_importing_loads_no_torch() -> None:
     heavy = ("torch", "peft", "transformers", "matplotlib", "numpy", "scipy", "safetensors")
     check = f"print([m for m in {heavy!r} if m in sys.modules])"
     assert python(f"import sys, gradrank; {check}").strip() == "[]"
-    words = "gradrank.Budget, gradrank.Plan, gradrank.Target, gradrank.RunRecord, gradrank.PlanError"
+    words = (
+        "gradrank.Budget, gradrank.Plan, gradrank.Target, gradrank.RunRecord, gradrank.PlanError"
+    )
     assert python(f"import sys, gradrank; {words}; {check}").strip() == "[]"
 
 

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.reliability import spearman
 
 import gradrank as gr
 from gradrank.ops.spectrum import gram_matrix
 from gradrank.reliability import SATURATED, THRESHOLD, split_half
 from gradrank.signals.measurement import Measurement
 from gradrank.signals.spectrum import SpectrumStatistic
+from oracles.reliability import spearman
 
 
 def measured(strengths: list[float], noise: float, batches: int = 12) -> Measurement:

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, batches, tiny_gpt2, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import gradrank as gr
+from cases import CASES, batches, tiny_gpt2, tiny_llama
 from gradrank.session import base_parameters, find_targets, model_facts
 
 LLAMA = CASES["llama"]
@@ -102,7 +102,7 @@ def test_options_come_by_name_or_with_the_object() -> None:
     assert by_name.ranks == by_object.ranks
     with pytest.raises(gr.OptionError, match="belong to the method object"):
         gr.allocate(targets, gr.RandomScores(), options={"seed": 3})
-    with pytest.raises(gr.OptionError, match="'unifrom' is unknown. Did you mean 'uniform'"):
+    with pytest.raises(gr.OptionError, match=r"'unifrom' is unknown. Did you mean 'uniform'"):
         gr.allocate(targets, "unifrom")
 
 

@@ -78,7 +78,7 @@ _WHERE = {
 _NAMES = {name: module for module, names in _WHERE.items() for name in names}
 
 __version__ = "0.1.0"
-__all__ = ["__version__", *sorted(_NAMES)]  # noqa: PLE0604 - built from the table above
+__all__ = ["__version__", *sorted(_NAMES)]  # noqa: PLE0604  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """Floor 5: measure, allocate, plan, apply, as plain functions."""
 
 import dataclasses
+import importlib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrank import __version__
 from gradrank.adapters.apply import apply_plan, count_trainable
 from gradrank.adapters.export import ExportReport, export
 from gradrank.core.budget import Budget
@@ -149,7 +149,8 @@ def allocate(
         ),
         reliability=reliability,
         provenance={
-            "gradrank": __version__,
+            # The root package names all floors, so it is not imported but looked up.
+            "gradrank": importlib.import_module("gradrank").__version__,
             **info,
             "batches": known.batches if known else 0,
         },

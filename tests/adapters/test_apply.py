@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, batches, hand_plan, tiny_gpt2, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import gradrank as gr
+from cases import CASES, Case, batches, hand_plan, tiny_gpt2, tiny_llama
 from gradrank.adapters import apply as applying
 from gradrank.adapters.apply import adapter_ranks, count_trainable
 
@@ -140,8 +140,6 @@ def test_a_plan_without_any_rank_is_refused() -> None:
 
 
 def test_options_reach_the_configuration() -> None:
-    wrapped = gr.apply(
-        hand_plan(tiny_llama()), tiny_llama(), 8, policy="rslora", lora_dropout=0.25
-    )
+    wrapped = gr.apply(hand_plan(tiny_llama()), tiny_llama(), 8, policy="rslora", lora_dropout=0.25)
     config = wrapped.peft_config["default"]
     assert (config.lora_alpha, config.use_rslora, config.lora_dropout) == (8, True, 0.25)

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, hand_plan, tiny_llama
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import gradrank as gr
+from cases import CASES, Case, hand_plan, tiny_llama
 from gradrank.adapters.apply import adapter_ranks
 from gradrank.adapters.config import lora_config
 

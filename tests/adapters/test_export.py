@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, batches, hand_plan, randomise_adapter, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import gradrank as gr
+from cases import CASES, Case, batches, hand_plan, randomise_adapter, tiny_llama
 from gradrank.adapters import export as exporting
 from gradrank.adapters.export import check_inputs, load_adapter, logits
 
@@ -243,7 +243,7 @@ def test_broken_logits_are_refused(tmp_path: Path) -> None:
 
 
 def test_wrong_targets_and_models_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(gr.OptionError, match="'merge' is unknown. Did you mean 'merged'"):
+    with pytest.raises(gr.OptionError, match=r"'merge' is unknown. Did you mean 'merged'"):
         gr.export(trained(CASES["llama"]), tmp_path / "out", "merge")
     with pytest.raises(gr.PlanError, match="LlamaForCausalLM carries no adapter"):
         gr.export(tiny_llama(), tmp_path / "out")
@@ -267,7 +267,7 @@ def test_inputs_for_the_check_can_be_given(tmp_path: Path) -> None:
     case, seen = CASES["llama"], []
     model = trained(case)
     model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+        lambda _, _args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     gr.export(model, tmp_path / "out", inputs={"input_ids": torch.ones(1, 3, dtype=torch.long)})
     assert set(seen) == {(1, 3)}
@@ -317,9 +317,9 @@ def test_a_pickle_is_not_read(exported: Path) -> None:
 
 
 def test_a_folder_without_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(gr.PlanError, match="no adapter_config.json"):
+    with pytest.raises(gr.PlanError, match=r"no adapter_config.json"):
         load_adapter(tiny_llama(), tmp_path)
-    with pytest.raises(gr.PlanError, match="no adapter_config.json"):
+    with pytest.raises(gr.PlanError, match=r"no adapter_config.json"):
         load_adapter(tiny_llama(), tmp_path / "missing")
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, batches
 
 import gradrank as gr
+from cases import CASES, batches
 from gradrank.adapters.apply import count_trainable
 from gradrank.methods import registry
 from gradrank.methods.method import Method, build, describe_options
@@ -228,7 +228,7 @@ def test_the_wrong_measurement_is_refused_by_signal(name: str) -> None:
     for signal in (gr.Spectrum(), gr.MeanGradient()):
         if not kinds or type(signal) in kinds:
             continue
-        with pytest.raises(gr.MeasurementError, match="no '(spectrum|mean-gradient)' signal"):
+        with pytest.raises(gr.MeasurementError, match=r"no '(spectrum|mean-gradient)' signal"):
             gr.allocate(measured("llama", (signal,)), name)
 
 
@@ -285,7 +285,7 @@ def test_every_method_has_tests_of_its_own(name: str) -> None:
 
 
 def test_unknown_methods_suggest_the_nearest() -> None:
-    with pytest.raises(gr.OptionError, match="'gardd' is unknown. Did you mean 'gard'"):
+    with pytest.raises(gr.OptionError, match=r"'gardd' is unknown. Did you mean 'gard'"):
         gr.METHODS["gardd"]
     assert "gard" in gr.METHODS
     assert "gardd" not in gr.METHODS

@@ -73,7 +73,7 @@ def test_broken_json_is_refused(tmp_path: Path, content: bytes, says: str) -> No
 
 
 def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="plan .* does not exist"):
+    with pytest.raises(DataError, match=r"plan .* does not exist"):
         read_json(tmp_path / "x.json", "plan")
     with pytest.raises(DataError, match="could not be read"):
         read_json(tmp_path, "plan")
@@ -91,9 +91,14 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failed_folder_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     out = tmp_path / "out"
-    with pytest.raises(error), new_folder(out) as folder:
-        (folder / "x").write_text("1")
-        raise error
+
+    def fail_inside() -> None:
+        with new_folder(out) as folder:
+            (folder / "x").write_text("1")
+            raise error
+
+    with pytest.raises(error):
+        fail_inside()
     assert not list(tmp_path.iterdir())
 
 

@@ -153,7 +153,7 @@ def test_a_target_may_not_stand_twice(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     text = json.dumps(plan.to_dict())
     path.write_text(text.replace('"h.0.v":', '"h.0.q":'))
-    with pytest.raises(gr.DataError, match="'h.0.q' stands twice"):
+    with pytest.raises(gr.DataError, match=r"'h.0.q' stands twice"):
         gr.Plan.load(path)
 
 

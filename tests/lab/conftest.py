@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 
 from gradrank.lab import assets, download
@@ -33,7 +34,7 @@ def prepare() -> Callable:
             device="cpu",
             seed=seed,
         )
-        length = None if examples.head == "image" else 16
+        length = {"lm": 16, "classification": 32, "image": None}[examples.head]
         config = LoraConfig(
             **{
                 "r": 2,
@@ -45,6 +46,7 @@ def prepare() -> Callable:
             }
         )
         data = load_task_data(examples, loaded, length)
+        torch.manual_seed(seed)
         return get_peft_model(loaded.model, config), data
 
     return build
@@ -138,4 +140,3 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Toy]:
         return Toy(pip, cache, [])
 
     return register
-

@@ -260,7 +260,7 @@ def test_failing_pip_is_explained_without_a_traceback(monkeypatch, tmp_path):
     class Done:
         returncode = 1
         stderr = (
-            "Traceback (most recent call last):\n  File x\nERROR: No matching distribution for toy\n"
+            "Traceback (most recent call last):\n  x\nERROR: No matching distribution for toy\n"
         )
 
     monkeypatch.setattr(download.subprocess, "run", lambda *_args, **_more: Done)

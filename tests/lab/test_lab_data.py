@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gradrank.core.errors import DataError, GradrankError, OptionError
+from gradrank.core.errors import DataError, GradrankError
 from gradrank.lab.data import DataSpec, Split, hold_out, read_examples
 from gradrank.lab.labels import index_labels
 
@@ -135,7 +135,7 @@ def test_bad_rows_are_explained(tmp_path, rows, more, told):
 def test_evaluation_label_that_training_lacks(tmp_path):
     source = lines(tmp_path / "a.jsonl", labelled())
     held = lines(tmp_path / "b.jsonl", [{"text": "new", "label": "c"}])
-    with pytest.raises(DataError, match="labels that .* has not: c. Known: a, b"):
+    with pytest.raises(DataError, match=r"labels that .* has not: c\. Known: a, b"):
         read_examples(DataSpec(source, head="classification", eval_file=held))
 
 

@@ -56,8 +56,11 @@ def test_texts_are_padded_to_the_longest_of_the_batch():
 def test_texts_are_cut_at_max_length(prepare):
     _, data = prepare("tiny-bert", "tiny-sentiment")
     lengths = [len(data.train[i]["input_ids"]) for i in range(50)]
-    assert max(lengths) == 16
-    first = data.train[0]["input_ids"]
+    assert 20 < max(lengths) <= 32
+    loaded = resolve_model("tiny-bert", "classification", 2, device="cpu")
+    cut = load_task_data(read_examples(DataSpec("tiny-sentiment")), loaded, 10)
+    assert {len(cut.train[i]["input_ids"]) for i in range(50)} == {10}
+    first = cut.train[0]["input_ids"]
     assert (first[0], first[-1]) == (2, 3)  # <cls> ... <sep>, kept when cut
 
 

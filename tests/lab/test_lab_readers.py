@@ -91,7 +91,10 @@ def test_image_folder_lists_classes(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, "")
     rows = read_image_folder(tmp_path)
-    assert [(row["image"].name, row["label"]) for row in rows] == [("a.JPG", "cat"), ("b.png", "dog")]
+    assert [(row["image"].name, row["label"]) for row in rows] == [
+        ("a.JPG", "cat"),
+        ("b.png", "dog"),
+    ]
 
 
 def test_image_folder_without_pictures(tmp_path):

@@ -4,12 +4,12 @@ from fractions import Fraction
 
 import pytest
 import torch
-from oracles import spectra as oracle
 
 import gradrank as gr
 from gradrank.ops.spectrum import gram_matrix
 from gradrank.signals.measurement import Measurement
 from gradrank.signals.spectrum import SpectrumStatistic
+from oracles import spectra as oracle
 
 M = 8
 

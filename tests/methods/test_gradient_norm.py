@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import CASES, batches
-from oracles.gradients import weight_gradients
 
 import gradrank as gr
+from cases import CASES, batches
 from gradrank.signals.measurement import Measurement
 from gradrank.signals.spectrum import SpectrumStatistic
+from oracles.gradients import weight_gradients
 
 
 def test_scores_are_root_mean_square_norms() -> None:

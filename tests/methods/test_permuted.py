@@ -3,9 +3,9 @@
 from collections import Counter, defaultdict
 
 import pytest
-from cases import CASES, batches
 
 import gradrank as gr
+from cases import CASES, batches
 from gradrank.signals.measurement import Measurement
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import CASES, batches
 
 import gradrank as gr
+from cases import CASES, batches
 from gradrank.signals.measurement import Measurement
 
 

@@ -14,7 +14,7 @@ def planted(values: dict[str, list[float]], shapes: dict[str, tuple[int, int]]) 
     tensors = {name: torch.tensor(v, dtype=torch.float64) for name, v in values.items()}
     targets = tuple(gr.Target(name, *shapes[name]) for name in values)
     statistic = MeanGradientStatistic(
-        {part: tensors for part in ("whole", "even", "odd")},
+        dict.fromkeys(("whole", "even", "odd"), tensors),
         {},
         {"whole": 4, "even": 2, "odd": 2},
     )
@@ -31,8 +31,7 @@ def best_by_enumeration(measurement: Measurement, budget: int) -> float:
     for ranks in itertools.product(*(range(len(VALUES[t.name]) + 1) for t in targets)):
         if sum(r * t.cost for r, t in zip(ranks, targets, strict=True)) <= budget:
             energy = sum(
-                sum(s * s for s in VALUES[t.name][:r])
-                for r, t in zip(ranks, targets, strict=True)
+                sum(s * s for s in VALUES[t.name][:r]) for r, t in zip(ranks, targets, strict=True)
             )
             best = max(best, energy)
     return best

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles.reliability import mid_ranks
-from oracles.reliability import spearman as oracle
 from scipy.stats import spearmanr
 
 from gradrank.ops.agreement import average_ranks, spearman
+from oracles.reliability import mid_ranks
+from oracles.reliability import spearman as oracle
 
 pairs = st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=2, max_size=15)
 

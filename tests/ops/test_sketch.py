@@ -4,16 +4,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles.sketching import fold_matrix, leading_energy, standard_errors_away
 from torch import Tensor
 
 from gradrank.ops.sketch import (
     fold,
     fold_rows,
+    prime_at_least,
     random_signs,
+    scatter_fold,
     seed_of,
     singular_values_from_sketches,
 )
+from oracles.sketching import fold_matrix, leading_energy, standard_errors_away
 
 
 @given(width=st.integers(1, 40), size=st.integers(1, 20), rows=st.integers(1, 5))
@@ -96,6 +98,35 @@ def test_the_interval_catches_a_broken_sketch(twin: str) -> None:
     assert float(standard_errors_away(samples, (x @ y)[None])) > 10
 
 
+@given(number=st.integers(-3, 3000))
+def test_primes_are_prime_and_nearest(number: int) -> None:
+    def prime(candidate: int) -> bool:
+        return candidate > 1 and not any(candidate % d == 0 for d in range(2, candidate))
+
+    found = prime_at_least(number)
+    assert prime(found)
+    assert not any(prime(candidate) for candidate in range(max(number, 0), found))
+
+
+def test_a_scatter_fold_is_one_signed_bucket_per_coordinate() -> None:
+    matrix = scatter_fold(torch.eye(50), 7, 3)
+    assert matrix.shape == (50, 7)
+    assert (matrix.abs().sum(dim=1) == 1).all()
+    assert (matrix.abs().max(dim=1).values == 1).all()
+    x = torch.randn(3, 50)
+    torch.testing.assert_close(scatter_fold(x, 7, 3), x @ matrix)
+    assert not torch.equal(scatter_fold(x, 7, 4), scatter_fold(x, 7, 3))
+
+
+def test_a_scatter_fold_is_unbiased_exact_when_short_and_seeded_apart() -> None:
+    x = torch.randn(2, 50) + 0.3
+    state = torch.get_rng_state()
+    samples = torch.stack([scatter_fold(x, 8, seed).prod(dim=0).sum() for seed in range(2000)])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert float(standard_errors_away(samples[:, None], (x[0] @ x[1])[None])) < 4
+    assert scatter_fold(x, 50, 0) is x
+
+
 def sketched(matrix: Tensor, directions: int, seed: int) -> Tensor:
     d_out, d_in = matrix.shape
     in_signs, out_signs = random_signs(d_in, seed), random_signs(d_out, seed + 1)
@@ -104,7 +135,9 @@ def sketched(matrix: Tensor, directions: int, seed: int) -> Tensor:
     return singular_values_from_sketches(y, w, out_signs)
 
 
-@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (60, 5), (5, 60), (10, 90), (90, 10), (4, 4)])
+@pytest.mark.parametrize(
+    "shape", [(60, 90), (90, 60), (60, 5), (5, 60), (10, 90), (90, 10), (4, 4)]
+)
 @pytest.mark.parametrize("rank", [1, 3])
 def test_singular_values_of_low_rank_matrices_are_exact(shape: tuple[int, int], rank: int) -> None:
     matrix = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])

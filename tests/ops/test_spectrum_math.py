@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import spectra as oracle
 
 from gradrank.ops.spectrum import (
     centre,
@@ -17,6 +16,7 @@ from gradrank.ops.spectrum import (
     gram_matrix,
     stable_rank,
 )
+from oracles import spectra as oracle
 
 spectra = st.lists(st.integers(0, 1000), min_size=1, max_size=20)
 energies = st.sampled_from([Fraction(k, 20) for k in range(1, 21)])

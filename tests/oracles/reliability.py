@@ -17,7 +17,5 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     n = len(x)
     mean_x, mean_y = sum(x) / n, sum(y) / n
     top = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    bottom = math.sqrt(
-        sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y)
-    )
+    bottom = math.sqrt(sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y))
     return top / bottom if bottom else math.nan

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, batches
 from torch import Tensor, nn
 
 import gradrank as gr
+from cases import CASES, batches
 
 LLAMA = CASES["llama"]
 
@@ -95,7 +95,7 @@ def unrelated(model: nn.Module, batch: Any) -> Tensor:
 @pytest.mark.parametrize("loss", [detached, without_grad, unrelated])
 @pytest.mark.parametrize("signal", ["spectrum", gr.Spectrum("dense", max_bytes=1)])
 def test_a_loss_without_gradient_is_refused(loss: Any, signal: Any) -> None:
-    with pytest.raises(gr.MeasurementError, match="no gradient|reaches no target"):
+    with pytest.raises(gr.MeasurementError, match=r"no gradient|reaches no target"):
         gr.measure(Net(), xs(2), signal, num_batches=2, loss_function=loss)
 
 
@@ -141,13 +141,13 @@ def test_impossible_counts_are_refused(options: dict[str, int]) -> None:
 
 def test_unknown_and_repeated_signals_are_refused() -> None:
     model, data = LLAMA.model(), batches(LLAMA, 1)
-    with pytest.raises(gr.OptionError, match="'spectrums' is unknown. Did you mean 'spectrum'"):
+    with pytest.raises(gr.OptionError, match=r"'spectrums' is unknown. Did you mean 'spectrum'"):
         gr.measure(model, data, "spectrums")
     with pytest.raises(gr.OptionError, match="twice"):
         gr.measure(model, data, ["spectrum", gr.Spectrum("dense")])
     with pytest.raises(gr.OptionError, match="no signal"):
         gr.measure(model, data, [])
-    with pytest.raises(gr.OptionError, match="'sketchy'.*Did you mean 'sketch'"):
+    with pytest.raises(gr.OptionError, match=r"'sketchy'.*Did you mean 'sketch'"):
         gr.Spectrum("sketchy")
     for size in (0, 4097):
         with pytest.raises(gr.OptionError, match=f"is {size}"):
@@ -159,7 +159,7 @@ def test_unknown_and_repeated_signals_are_refused() -> None:
 def test_a_named_tuple_batch_reaches_the_loss_function() -> None:
     from collections import namedtuple
 
-    Pair = namedtuple("Pair", "x y")  # noqa: PYI024
+    Pair = namedtuple("Pair", "x y")
     data = [Pair(torch.randn(3, 4), torch.randn(3, 4)) for _ in range(2)]
 
     def loss(model: nn.Module, batch: Any) -> Tensor:

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, batches, tiny_llama
 from torch import nn
 
 import gradrank as gr
+from cases import CASES, batches, tiny_llama
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import Case, batches
-from oracles.gradients import factors, gram_of, gram_of_factors, weight_gradients
 from torch import Tensor
 
 import gradrank as gr
+from cases import Case, batches
 from gradrank.signals.layers import find_sites
 from gradrank.signals.measurement import Measurement
+from oracles.gradients import factors, gram_of, gram_of_factors, weight_gradients
 
 BATCHES = 4
 

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
-from cases import CASES, tiny_llama, tiny_mixtral
 from torch import Tensor, nn
 
 import gradrank as gr
+from cases import CASES, tiny_llama, tiny_mixtral
 from gradrank.core.targets import Target
 from gradrank.signals.layers import ambiguous_suffixes, find_sites, unwrapped
 
@@ -74,7 +74,7 @@ def test_a_suffix_stops_at_a_dot() -> None:
 
 
 def test_unmatched_patterns_suggest_the_nearest_name() -> None:
-    with pytest.raises(gr.TargetError, match="'q_prj' matches no.*Did you mean 'q_proj'"):
+    with pytest.raises(gr.TargetError, match=r"'q_prj' matches no.*Did you mean 'q_proj'"):
         names(tiny_llama(), ["v_proj", "q_prj"])
     with pytest.raises(gr.TargetError, match="'all-linea'"):
         names(tiny_llama(), "all-linea")
@@ -170,7 +170,9 @@ def test_any_quantised_linear_is_measured_like_its_unpacked_twin() -> None:
     from oracles.gradients import gram_of, weight_gradients
 
     torch.manual_seed(1)
-    packed = nn.Sequential(PackedLinear(torch.randn(5, 4)), nn.Tanh(), PackedLinear(torch.randn(3, 5)))
+    packed = nn.Sequential(
+        PackedLinear(torch.randn(5, 4)), nn.Tanh(), PackedLinear(torch.randn(3, 5))
+    )
     twin = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False))
     for index in (0, 2):
         twin[index].weight.data = packed[index].qweight.float() * packed[index].scale

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, batches
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import gradrank as gr
+from cases import CASES, batches
 from gradrank.ops.spectrum import effective_rank, eigenvalues, gram_matrix
 from gradrank.signals.measurement import Measurement, merge
 
 LLAMA = CASES["llama"]
 DATA = batches(LLAMA, 6)
-SIGNALS: list[Any] = [gr.Spectrum(sketch_dim=8), gr.MeanGradient(6)]
+SIGNALS: list[Any] = [gr.Spectrum(sketch_dim=8), gr.MeanGradient(7)]
 
 
 def measure(indices: Any = range(6), signal: Any = SIGNALS, **options: Any) -> Measurement:
@@ -120,8 +120,8 @@ def test_what_does_not_belong_together_is_not_merged() -> None:
         measure([2, 3], seed=1),
         measure([2, 3], targets="q_proj"),
         measure([2, 3], signal="spectrum"),
-        measure([2, 3], signal=[gr.Spectrum(sketch_dim=9), gr.MeanGradient(6)]),
-        measure([2, 3], signal=[gr.Spectrum(sketch_dim=8), gr.MeanGradient(7)]),
+        measure([2, 3], signal=[gr.Spectrum(sketch_dim=9), gr.MeanGradient(7)]),
+        measure([2, 3], signal=[gr.Spectrum(sketch_dim=8), gr.MeanGradient(8)]),
     ):
         with pytest.raises(gr.MeasurementError, match="differ in"):
             merge([first, other])
@@ -140,9 +140,7 @@ def test_a_subset_is_what_measuring_it_would_have_given(whole: Measurement) -> N
     found, wanted = whole.need_spectrum().subset(chosen), measure(chosen)
     for target in whole.targets:
         torch.testing.assert_close(found.gram[target.name], wanted.gram(target.name))
-        torch.testing.assert_close(
-            found.gram[target.name], gram_matrix(found.rows[target.name])
-        )
+        torch.testing.assert_close(found.gram[target.name], gram_matrix(found.rows[target.name]))
 
 
 def test_halves_share_the_batches_out() -> None:
@@ -187,7 +185,7 @@ def test_the_summary_holds_what_records_and_reports_need(whole: Measurement) -> 
     assert summary["batches"] == 6
     assert summary["energy_threshold"] == 0.7
     assert summary["estimator"] == "sketch"
-    assert (summary["sketch_dim"], summary["directions"], summary["seed"]) == (8, 6, 0)
+    assert (summary["sketch_dim"], summary["directions"], summary["seed"]) == (8, 7, 0)
     assert summary["model"] == "LlamaForCausalLM"
     assert summary["base_parameters"] == sum(p.numel() for p in LLAMA.model().parameters())
     assert (summary["examples"], summary["tokens"]) == (18, 18 * 7)
@@ -198,7 +196,7 @@ def test_the_summary_holds_what_records_and_reports_need(whole: Measurement) -> 
         assert row["effective_rank"] == int(effective_rank(values, 0.7))
         assert row["energy"] == pytest.approx(float(whole.gram(target.name).trace()))
         assert 1 <= row["stable_rank"] <= row["entropy_rank"] + 1e-9 <= 6 + 1e-6
-        assert len(row["singular_values"]) == 6
+        assert len(row["singular_values"]) == 7
 
 
 # --- files of unknown origin -----------------------------------------------------------------
@@ -223,7 +221,7 @@ def edit_tensor(kind: str, change: Any) -> Any:
 
 
 def edit_header(**fields: Any) -> Any:
-    return lambda tensors, header: header.update(fields)
+    return lambda _tensors, header: header.update(fields)
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
@@ -252,24 +250,24 @@ FAULTS = {
     "singular values are a matrix": edit_tensor("mean-gradient/odd", lambda t: t[None]),
     "singular values are too many": edit_tensor("mean-gradient/whole", lambda t: t.repeat(40)),
     "singular values are none": edit_tensor("mean-gradient/whole", lambda t: t[:0]),
-    "gram is missing": lambda t, h: t.pop(first(t, "spectrum/gram")),
-    "rows are missing": lambda t, h: t.pop(first(t, "spectrum/rows")),
-    "singular values are missing": lambda t, h: t.pop(first(t, "mean-gradient/odd")),
-    "gram of a stranger": lambda t, h: t.update({"spectrum/gram/x": torch.zeros(6, 6)}),
-    "tensor of a stranger": lambda t, h: t.update({"x": torch.zeros(6, 6)}),
-    "part of a stranger": lambda t, h: t.update({"mean-gradient/third/x": torch.zeros(6)}),
-    "no tensors": lambda t, h: t.clear(),
+    "gram is missing": lambda t, _h: t.pop(first(t, "spectrum/gram")),
+    "rows are missing": lambda t, _h: t.pop(first(t, "spectrum/rows")),
+    "singular values are missing": lambda t, _h: t.pop(first(t, "mean-gradient/odd")),
+    "gram of a stranger": lambda t, _h: t.update({"spectrum/gram/x": torch.zeros(6, 6)}),
+    "tensor of a stranger": lambda t, _h: t.update({"x": torch.zeros(6, 6)}),
+    "part of a stranger": lambda t, _h: t.update({"mean-gradient/third/x": torch.zeros(6)}),
+    "no tensors": lambda t, _h: t.clear(),
     "no targets": edit_header(targets=[]),
     "targets are text": edit_header(targets="abc"),
-    "targets are absent": lambda t, h: h.pop("targets"),
-    "a target twice": lambda t, h: h["targets"].append(h["targets"][0]),
+    "targets are absent": lambda _t, h: h.pop("targets"),
+    "a target twice": lambda _t, h: h["targets"].append(h["targets"][0]),
     "a target without shape": edit_header(targets=[["a"]]),
-    "a target of negative width": lambda t, h: first_target(h, 1, -3),
-    "a target of no width": lambda t, h: first_target(h, 2, 0),
-    "a target of infinite width": lambda t, h: first_target(h, 2, 1e400),
+    "a target of negative width": lambda _t, h: first_target(h, 1, -3),
+    "a target of no width": lambda _t, h: first_target(h, 2, 0),
+    "a target of infinite width": lambda _t, h: first_target(h, 2, 1e400),
     "info is a list": edit_header(info=[1]),
-    "info is absent": lambda t, h: h.pop("info"),
-    "size of the base is text": lambda t, h: h["info"].update(base_parameters="many"),
+    "info is absent": lambda _t, h: h.pop("info"),
+    "size of the base is text": lambda _t, h: h["info"].update(base_parameters="many"),
     "counts lie": edit_header(counts={"whole": 6, "even": 6, "odd": 6}),
     "counts differ from the grams": edit_header(counts={"whole": 4, "even": 2, "odd": 2}),
     "counts are negative": edit_header(counts={"whole": 6, "even": 7, "odd": -1}),
@@ -286,15 +284,17 @@ def test_a_file_that_lies_is_refused(tmp_path: Path, whole: Measurement, fault: 
     tensors, header = parts_of(path)
     FAULTS[fault](tensors, header)
     save_file(tensors, path, metadata={"gradrank": json.dumps(header)})
-    with pytest.raises(gr.MeasurementError, match="m.safetensors"):
+    with pytest.raises(gr.MeasurementError, match=r"m.safetensors"):
         Measurement.load(path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "null", '"x"', "{", "[" * 100_000, '{"schema": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", "null", '"x"', "{", "[" * 100_000, '{"schema": 1}']
+)
 def test_a_foreign_header_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "m.safetensors"
     save_file({"a": torch.zeros(2)}, path, metadata={"gradrank": text})
-    with pytest.raises(gr.MeasurementError, match="m.safetensors"):
+    with pytest.raises(gr.MeasurementError, match=r"m.safetensors"):
         Measurement.load(path)
 
 

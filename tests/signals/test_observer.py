@@ -5,19 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from cases import CASES, Case, batches, tiny_llama
-from oracles.gradients import gram_of, weight_gradients
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
 import gradrank as gr
+from cases import CASES, Case, batches, tiny_llama
 from gradrank.signals.layers import find_sites
 from gradrank.signals.measure import count_items, run
 from gradrank.signals.measurement import Measurement
 from gradrank.signals.observe import Observer
 from gradrank.signals.spectrum import SketchProbe
+from oracles.gradients import gram_of, weight_gradients
 
 LLAMA = CASES["llama"]
 DENSE = gr.Spectrum("dense")
@@ -267,8 +266,8 @@ class InPlace(nn.Module):
         self.c = nn.Linear(8, 5, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu_(self.a(x))
-        x = F.relu_(self.b(x))
+        x = torch.relu_(self.a(x))
+        x = torch.relu_(self.b(x))
         return self.c(x).mul_(2)
 
 
@@ -347,6 +346,24 @@ def test_targets_that_read_one_input_share_its_projection() -> None:
     with Observer(sites, [probe]):
         model(**batch).loss.backward()
     assert probe.calls == ["q_proj", "o_proj", "gate_proj", "down_proj"] * 2
+
+
+def test_an_input_changed_in_place_is_projected_again() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(300, 5), nn.Linear(300, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x.mul_(2))
+
+    model = Net().requires_grad_(False)
+    sites = find_sites(model)
+    # Wider than the sketch, so that a projection is a copy and not the input itself.
+    probe = CountingProbe([site.target for site in sites], 8, 0)
+    with Observer(sites, [probe]):
+        model(torch.randn(4, 300)).sum().backward()
+    assert probe.calls == ["a", "b"]
 
 
 def test_several_probes_see_the_same_pass() -> None:

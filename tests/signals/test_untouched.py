@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Case, batches
 from torch import Tensor, nn
 
 import gradrank as gr
+from cases import CASES, Case, batches
 from gradrank.signals import measure as measuring
 from gradrank.signals.untouched import untouched
 
@@ -70,8 +70,8 @@ def test_the_snapshot_catches_each_kind_of_trace() -> None:
         lambda m: m.model.train(not m.model.training),
         lambda m: setattr(m.model.norm.weight, "grad", torch.ones(32)),
         lambda m: setattr(m.config, "use_cache", not m.config.use_cache),
-        lambda m: torch.rand(1),
-        lambda m: random.random(),
+        lambda _: torch.rand(1),
+        lambda _: random.random(),
     ]
     for change in changes:
         model = odd_model()
@@ -80,7 +80,7 @@ def test_the_snapshot_catches_each_kind_of_trace() -> None:
         assert snapshot(model) != before
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -94,18 +94,18 @@ def raising(error: type[BaseException]) -> Callable[..., Any]:
 def failing_backward(model: nn.Module, batch: Any) -> Tensor:
     class Fail(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
+        def forward(_ctx: Any, x: Tensor) -> Tensor:
             return x.clone()
 
         @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            raise Stop
+        def backward(_ctx: Any, *_grads: Any) -> Any:
+            raise StopError
 
     hidden = model.model(input_ids=batch["input_ids"]).last_hidden_state
     return Fail.apply(hidden).sum()
 
 
-@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["forward", "loss", "backward", "probe", "end", "progress"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing_is_left_after_a_failure(
@@ -121,7 +121,7 @@ def test_nothing_is_left_after_a_failure(
         error = IndexError
     elif where == "backward":
         options["loss_function"] = failing_backward
-        error = Stop
+        error = StopError
     elif where == "loss":
         options["loss_function"] = raising(error)
     elif where == "progress":
@@ -135,7 +135,7 @@ def test_nothing_is_left_after_a_failure(
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
 def test_nothing_is_left_after_a_failure_of_the_data(error: type[BaseException]) -> None:
     def stream() -> Iterator[Any]:
         torch.rand(3)
@@ -192,11 +192,16 @@ def test_the_guard_restores_a_model_without_configuration() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
     model[1].eval()
     before = snapshot(model)
-    with pytest.raises(Stop), untouched(model, 0):
-        assert not any(p.requires_grad for p in model.parameters())
-        assert not any(m.training for m in model.modules())
-        torch.rand(2)
-        raise Stop
+
+    def fail_inside() -> None:
+        with untouched(model, 0):
+            assert not any(p.requires_grad for p in model.parameters())
+            assert not any(m.training for m in model.modules())
+            torch.rand(2)
+            raise StopError
+
+    with pytest.raises(StopError):
+        fail_inside()
     assert snapshot(model) == before
 
 

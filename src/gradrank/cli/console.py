@@ -27,6 +27,7 @@ class Console:
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
         self._stdout = sys.stdout
+        self._note: Callable[[str], None] = _echo
 
     def say(self, text: str) -> None:
         """Tell the user what is being done (stderr).
@@ -35,7 +36,7 @@ class Console:
             text: One line.
         """
         if not self.quiet:
-            click.echo(text, err=True)
+            self._note(text)
 
     def warn(self, text: str) -> None:
         """Tell the user what needs attention (stderr, also when quiet).
@@ -43,7 +44,7 @@ class Console:
         Args:
             text: One line.
         """
-        click.echo(f"warning: {text}", err=True)
+        self._note(f"warning: {text}")
 
     def show(self, *items: Any) -> None:
         """Print texts or rich renderables on stdout; nothing in JSON mode.
@@ -109,8 +110,12 @@ class Console:
         if self.quiet:
             yield lambda _done, _total, _note="": None
         elif sys.stderr.isatty():
-            with _bar(what) as report:
-                yield report
+            with _bar(what) as (report, note):
+                self._note = note
+                try:
+                    yield report
+                finally:
+                    self._note = _echo
         else:
             yield _lines(what, self.say)
 
@@ -118,8 +123,13 @@ class Console:
         self.warn(" ".join(str(message).split()))
 
 
+def _echo(text: str) -> None:
+    click.echo(text, err=True)
+
+
 @contextlib.contextmanager
-def _bar(what: str) -> Iterator[Report]:
+def _bar(what: str) -> Iterator[tuple[Report, Callable[[str], None]]]:
+    """Show a bar; lines must go through the second of what is yielded, so as not to break it."""
     import rich.console
     import rich.progress as rp
 
@@ -129,8 +139,8 @@ def _bar(what: str) -> Iterator[Report]:
         rp.TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
         rp.TextColumn("{task.fields[note]}", markup=False),
         rp.TimeElapsedColumn(),
-        rp.TextColumn("left", markup=False),
         rp.TimeRemainingColumn(compact=True),
+        rp.TextColumn("left", markup=False),
     )
     with rp.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
         task: list[rp.TaskID] = []
@@ -140,7 +150,10 @@ def _bar(what: str) -> Iterator[Report]:
                 task.append(bar.add_task(what, total=total, note=""))
             bar.update(task[0], completed=done, total=total, note=note)
 
-        yield report
+        def note(text: str) -> None:
+            bar.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+        yield report, note
 
 
 def _lines(what: str, say: Callable[[str], None]) -> Report:
@@ -166,7 +179,6 @@ def _quieten_libraries() -> None:
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
 

@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "steps": 40,
     "lr": 4e-3,
     "lora_alpha": 2.0,
-    "eval_batches": 32,
+    "eval_batches": 16,
 }
 
 

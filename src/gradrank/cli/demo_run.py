@@ -17,7 +17,7 @@ from gradrank.cli.training import carry_out, train_settings, write_start
 from gradrank.core.files import new_folder
 from gradrank.core.plan import Plan
 from gradrank.lab.evaluate import evaluate
-from gradrank.lab.train import autocast_dtype
+from gradrank.lab.settings import autocast_dtype
 from gradrank.methods.registry import create
 from gradrank.record import RunRecord
 from gradrank.report import write as write_report
@@ -118,6 +118,7 @@ def _train_all(
 
 
 def _untrained(prepared: Prepared, base: Settings, console: Console) -> float:
+    console.say("evaluating the model before training")
     chosen = train_settings(base)
     autocast = autocast_dtype(chosen.precision, prepared.device)
     found = evaluate(

@@ -13,6 +13,7 @@ Decorator = Callable[[Any], Any]
 
 _COUNT = click.IntRange(min=1)
 _MAYBE = click.IntRange(min=0)
+_SEED = click.IntRange(min=0, max=2**32 - 1)
 _PATH = click.Path(path_type=Path)
 
 
@@ -58,7 +59,7 @@ def _switch(group: str, name: str, text: str) -> Callable[[], Flag]:
     return _flag(group, name, is_flag=True, default=False, show_default=False, help=text)
 
 
-_D, _M, _S, _T, _R = "Model and data", "Method", "Measuring", "Training", "Running"
+_D, _M, _S, _T, _R = "Model and data", "Method", "Batches and measuring", "Training", "Running"
 
 _FLAGS: dict[str, Callable[[], Flag]] = {
     "model": _flag(
@@ -142,7 +143,7 @@ _FLAGS: dict[str, Callable[[], Flag]] = {
         _S,
         "--calibration-seed",
         metavar="N",
-        type=_MAYBE,
+        type=_SEED,
         show_default=False,
         help="Seed of measuring. Default: --seed.",
     ),
@@ -211,7 +212,7 @@ _FLAGS: dict[str, Callable[[], Flag]] = {
         _R,
         "--seed",
         metavar="N",
-        type=_MAYBE,
+        type=_SEED,
         default=0,
         help="Seed of splits, adapters, data order, dropout.",
     ),

@@ -175,9 +175,9 @@ def read_json(path: Path, what: str) -> Any:
         raise DataError(f"{what} '{path}' does not exist.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{what} '{path}' could not be read: {error}.") from error
+    except DataError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{what} '{path}' is not valid JSON: {error}.") from error
 
 

@@ -108,12 +108,13 @@ def read_examples(spec: DataSpec, say: Say = None) -> Examples:
         head, metric = task.head, task.metric
         about = {"name": task.name, "source": task.source, "licence": task.licence}
     else:
+        local = _is_local(spec.source)
         head = spec.head or ""
         if head not in HEAD_COLUMNS:
             known = nearest(head, HEAD_COLUMNS)
             raise OptionError(f"data '{spec.source}' needs a head (--head), got '{head}'. {known}")
         metric = "eval_loss" if head == "lm" else "accuracy"
-        rows, held_rows, about = _rows(spec, head)
+        rows, held_rows, about = _rows(spec, head, local)
         (inputs, labels) = _columns(rows, spec, head, spec.source)
         held = None if held_rows is None else _columns(held_rows, spec, head, "evaluation data")
     return _split(inputs, labels, held, head, metric, spec, about)
@@ -137,21 +138,30 @@ def _task(spec: DataSpec) -> Task | None:
     return task
 
 
-def _rows(spec: DataSpec, head: str) -> tuple[list[Row], list[Row] | None, dict[str, Any]]:
+def _rows(
+    spec: DataSpec, head: str, local: bool
+) -> tuple[list[Row], list[Row] | None, dict[str, Any]]:
     """Return training rows, evaluation rows (None: hold some out) and a description."""
     path = Path(spec.source).expanduser()
     held = None
     if spec.eval_file is not None:
         held = _local(Path(spec.eval_file).expanduser(), head, spec.image_column)
-    if path.exists() or data_suffix(path) in READERS or spec.source.startswith((".", "/", "~")):
+    if local:
         about = {"name": path.name, "source": "local data", "licence": ""}
         return _local(path, head, spec.image_column), held, about
-    hint = nearest(spec.source, TASKS)
-    if hint.startswith("Did you mean"):
-        raise OptionError(f"unknown task '{spec.source}', and no such file. {hint}")
     rows, public_held = read_public(spec.source, f"Registered tasks: {', '.join(TASKS)}.")
     about = {"name": spec.source, "source": "public data set", "licence": "see the data set"}
     return rows, public_held if held is None else held, about
+
+
+def _is_local(source: str) -> bool:
+    path = Path(source).expanduser()
+    if path.exists() or data_suffix(path) in READERS or source.startswith((".", "/", "~")):
+        return True
+    hint = nearest(source, TASKS)
+    if hint.startswith("Did you mean"):
+        raise OptionError(f"unknown task '{source}', and no such file. {hint}")
+    return False
 
 
 def _local(path: Path, head: str, image_column: str | None) -> list[Row]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -128,6 +129,9 @@ def resolve_model(
                 model = _load_weights(str(location), config, head, weights, common)
     if head != "image":
         _set_padding(processor, model, name)
+    if head == "lm" and getattr(model, "loss_type", "") is None:
+        # GPT-2's class name tells transformers 5 nothing; it would warn and then take this one.
+        model.loss_type = "ForCausalLM"
     model.to(where)  # pyright: ignore[reportArgumentType] - a decorator hides the signature
     model.eval()
     return LoadedModel(
@@ -247,7 +251,7 @@ def _hub_errors(spec: str) -> Iterator[None]:
     """Turn what transformers raises for a model that cannot be read into one message."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, GradrankError):
             raise
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}

@@ -175,9 +175,12 @@ def _table(path: Path, delimiter: str, quoting: int) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    from datasets import Dataset  # truly optional: an extra, and slow to import
+    from pyarrow import parquet  # truly optional: comes with datasets, an extra
 
-    yield from Dataset.from_parquet(str(path), keep_in_memory=True)  # pyright: ignore[reportReturnType]
+    try:
+        yield from parquet.read_table(path).to_pylist()
+    except ValueError as error:  # what pyarrow raises for a malformed file
+        raise DataError(f"data file '{path}' could not be read: {error}.") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -176,8 +176,15 @@ class _Run:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.steps = self.steps
+        # Where a model takes any keyword, the Trainer believes that its loss is already a mean over
+        # the whole step; classification losses are not, and accumulation would multiply them
+        # (transformers 5.23). Micro-batches are of one size here, so a mean of means is exact.
+        trainer.model_accepts_loss_kwargs = False
         self.steps.begin()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None and self.steps.done >= self.settings.steps:
+            trainer.load(checkpoint)  # the Trainer would take one more step
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if self.steps.done < self.settings.steps:
             self.outcome.status = "interrupted"
             return

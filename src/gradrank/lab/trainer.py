@@ -156,7 +156,10 @@ class Steps(TrainerCallback):
 
     def final_evaluation(self) -> Evaluation:
         """Return the evaluation after the last step; it is done once only."""
-        if self._final is None or not self.eval_losses or self.eval_losses[-1][0] != self.done:
+        last = self.eval_losses[-1][0] if self.eval_losses else -1
+        if self._final is None or last != self.done:
+            if last == self.done:  # known from the checkpoint, but without its metrics
+                self.eval_losses.pop()
             self._final = self._evaluate()
         return self._final
 
@@ -252,6 +255,14 @@ class RunTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.steps.add(loss, tokens)
         return loss
+
+    def load(self, checkpoint: Path) -> None:
+        """Load the weights of a checkpoint.
+
+        Args:
+            checkpoint: A whole checkpoint.
+        """
+        self._load_from_checkpoint(str(checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:

@@ -264,8 +264,11 @@ def _passes(
         elif signal.estimator == "sketch":
             together["spectrum"] = SketchProbe(targets, signal.sketch_dim, seed)
         else:
-            for block in _blocks(targets, signal.max_bytes // (4 * (batches + 1))):
-                passes.append(({target.name for target in block}, {"spectrum": DenseProbe(block)}))
+            blocks = _blocks(targets, signal.max_bytes // (4 * (batches + 1)))
+            passes.extend(
+                ({target.name for target in block}, {"spectrum": DenseProbe(block)})
+                for block in blocks
+            )
     return [(names, together), *passes] if together else passes
 
 
@@ -315,8 +318,8 @@ def _check_loss(loss: Any, index: int, whole: bool) -> None:
         raise MeasurementError(f"the loss of batch {index} is no scalar tensor: {type(loss)}.")
     if not bool(torch.isfinite(loss)):
         raise MeasurementError(
-            f"the loss of batch {index} is {float(loss.detach())}. Look at that batch (all labels ignored, "
-            "a sequence that is too long?), or measure in float32 or bfloat16."
+            f"the loss of batch {index} is {float(loss.detach())}. Look at that batch (all labels "
+            "ignored, a sequence that is too long?), or measure in float32 or bfloat16."
         )
     if whole and not loss.requires_grad:
         raise MeasurementError(
