@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from cases import CASES, batches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,7 @@ def test_python_blocks_run(
     monkeypatch.chdir(tmp_path)
     case = CASES["llama"]
     names = {"model": case.model(), "batches": batches(case, 4)}
-    exec(compile(block, str(page), "exec"), names)  # noqa: S102
+    exec(compile(block, str(page), "exec"), names)
 
 
 def test_there_are_blocks_to_run() -> None:

@@ -12,7 +12,8 @@ from transformers import BartConfig, BartForConditionalGeneration
 import gradrank as gr
 from cases import CASES, Case, batches, tiny_llama
 from gradrank.signals.layers import find_sites
-from gradrank.signals.measure import count_items, run
+from gradrank.signals.loss import count_items
+from gradrank.signals.measure import run
 from gradrank.signals.measurement import Measurement
 from gradrank.signals.observe import Observer
 from gradrank.signals.spectrum import SketchProbe

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gradrank.core.errors import MeasurementError, OptionError, nearest
 from gradrank.core.targets import Target
 from gradrank.signals.layers import Site, unwrapped
+from gradrank.signals.loss import count_items, inner_model, model_loss, sizes, to_device
 from gradrank.signals.mean_gradient import MeanGradientProbe
 from gradrank.signals.measurement import Measurement
 from gradrank.signals.observe import Observer, Probe
@@ -180,75 +181,16 @@ class _Steps:
 
     def _step(self, micro: Any, share: float, index: int, whole: bool) -> None:
         device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
-        micro = _to_device(micro, device)
+        micro = to_device(micro, device)
         with torch.enable_grad():
             loss = self._loss_function(self._model, micro)
             _check_loss(loss, index, whole)
             # In a pass over a block of targets, the loss may touch none of this block.
             if loss.requires_grad:
                 (loss * share).backward()
-        examples, tokens = _sizes(micro)
+        examples, tokens = sizes(micro)
         self.examples += examples
         self.tokens += tokens
-
-
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Return the model's own loss on a batch of keyword arguments.
-
-    Args:
-        model: A model in the manner of transformers: called with the batch, gives ``.loss``.
-        batch: Mapping with labels.
-
-    Returns:
-        Scalar loss.
-
-    Raises:
-        MeasurementError: If the batch is no mapping, or the model gives no loss.
-    """
-    if not hasattr(batch, "keys"):
-        raise MeasurementError(
-            f"a batch is a {type(batch).__name__}, not a mapping of model inputs. Give mappings "
-            "with labels, or a loss_function(model, batch)."
-        )
-    outputs = model(**batch)
-    loss = outputs.get("loss") if hasattr(outputs, "get") else getattr(outputs, "loss", None)
-    if loss is None:
-        raise MeasurementError(
-            f"the model gave no loss for a batch with the keys {sorted(batch.keys())}. Add "
-            "'labels' to the batch, or give a loss_function(model, batch)."
-        )
-    return loss
-
-
-def count_items(model: nn.Module, batch: Any) -> int:
-    """Return how many items a batch's mean loss averages over.
-
-    Args:
-        model: The model; causal language models predict one token fewer than they are given.
-        batch: Mapping with labels; labels of -100 do not count.
-
-    Returns:
-        The number of labelled items, at least 1; 1 for batches without labels.
-    """
-    labels = batch.get("labels") if hasattr(batch, "get") else None
-    if not isinstance(labels, Tensor):
-        return 1
-    if labels.is_floating_point():
-        return max(int(labels.shape[0]), 1)
-    causal = labels.dim() == 2 and "CausalLM" in type(_inner(model)).__name__
-    kept = labels[:, 1:] if causal or _is_lm_head(model, labels) else labels
-    return max(int((kept != -100).sum()), 1)
-
-
-def _is_lm_head(model: nn.Module, labels: Tensor) -> bool:
-    return labels.dim() == 2 and type(_inner(model)).__name__.endswith("LMHeadModel")
-
-
-def _inner(model: nn.Module) -> Any:
-    """Return the model inside DDP and PEFT wrappings."""
-    inner: Any = getattr(model, "module", model)
-    get_base = getattr(inner, "get_base_model", None)
-    return get_base() if callable(get_base) else inner
 
 
 def _passes(
@@ -289,7 +231,7 @@ def _blocks(targets: Sequence[Target], weights: int) -> list[list[Target]]:
 def _describe(model: nn.Module, signals: Sequence[Signal], seed: int) -> dict[str, Any]:
     spectrum = next((s for s in signals if isinstance(s, Spectrum)), None)
     mean = next((s for s in signals if isinstance(s, MeanGradient)), None)
-    inner = _inner(model)
+    inner = inner_model(model)
     return {
         "model": type(inner).__name__,
         "signals": [*(["spectrum"] if spectrum else []), *(["mean-gradient"] if mean else [])],
@@ -326,28 +268,3 @@ def _check_loss(loss: Any, index: int, whole: bool) -> None:
             f"the loss of batch {index} has no gradient: no target has a part in it. Check the "
             "targets and that the loss is not computed under no_grad or from detached outputs."
         )
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if hasattr(batch, "items"):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        moved = [_to_device(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch
-
-
-def _sizes(batch: Any) -> tuple[int, int]:
-    """Return (examples, tokens) of a micro-batch, as far as its tensors tell."""
-    values = batch.values() if hasattr(batch, "values") else []
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors:
-        return 0, 0
-    examples = int(tensors[0].shape[0]) if tensors[0].dim() else 1
-    ids = batch.get("input_ids") if hasattr(batch, "get") else None
-    mask = batch.get("attention_mask") if hasattr(batch, "get") else None
-    if isinstance(ids, Tensor):
-        return examples, int(mask.sum()) if isinstance(mask, Tensor) else ids.numel()
-    return examples, examples
