@@ -1,6 +1,7 @@
 """What every test starts from: no hub, one thread, seeded randomness, the tiny architectures."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -10,6 +11,10 @@ import torch
 from hypothesis import settings
 
 from cases import CASES, Case
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A job that a shell starts in the background ignores Ctrl-C; tests of it need the usual state.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("gradrank", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("gradrank")

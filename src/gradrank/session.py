@@ -5,6 +5,7 @@ import importlib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def measure(
         **measurement.info,
         "base_parameters": base_parameters(model),
         "ambiguous_suffixes": ambiguous_suffixes(model, found),
-        "model_name": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
+        "model_name": model_name(model),
         "accumulate": accumulate,
         "processes": torch.distributed.get_world_size() if is_distributed() else 1,
     }
@@ -231,10 +232,24 @@ def model_facts(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> 
     """
     return {
         "model": type(model).__name__,
-        "model_name": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
+        "model_name": model_name(model),
         "base_parameters": base_parameters(model),
         "ambiguous_suffixes": ambiguous_suffixes(model, find_targets(model, targets)),
     }
+
+
+def model_name(model: nn.Module) -> str | None:
+    """Return the name that a model was loaded by; of a folder only its last part.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The name, or None if the model does not know it. Plans are shared, so no path of this
+        machine goes into them.
+    """
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    return (Path(name).name if Path(name).is_dir() else name) or None
 
 
 def base_parameters(model: nn.Module) -> int:

@@ -35,7 +35,7 @@ def test_measure_train_export_on_a_real_model(tmp_path: Path) -> None:
     batches = [data.collate([data.train[4 * b + i] for i in range(4)]) for b in range(4)]
 
     plan = gr.plan(loaded.model, batches, "gard", "uniform:1")
-    assert plan.parameters <= plan.budget_parameters == 610_560
+    assert plan.parameters <= plan.budget_parameters == 305_280
     assert plan.slack < min(p.target.cost for p in plan.targets)
     assert len(plan.targets) == 210
 

@@ -118,6 +118,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Toy]:
         content: bytes | None = None,
         sha256: str | None = None,
         space: int = 0,
+        needs: tuple[tuple[str, str], ...] = (),
     ) -> Toy:
         cache = tmp_path / "cache"
         monkeypatch.setenv("GRADRANK_CACHE", str(cache))
@@ -135,6 +136,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Toy]:
             space=space,
             description="A toy.",
             licence="MIT",
+            needs=needs,
         )
         monkeypatch.setitem(assets.ASSETS, "toy", asset)
         return Toy(pip, cache, [])

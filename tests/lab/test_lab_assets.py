@@ -341,6 +341,9 @@ def test_malformed_review_is_refused(tmp_path):
         convert.movie_reviews(tmp_path, tmp_path)
 
 
-def test_missing_optional_package_is_named():
-    with pytest.raises(DataError, match="pip install surely-not-there"):
-        convert.require("surely_not_there", "surely-not-there", "this test")
+def test_missing_optional_package_is_named_before_fetching(toy):
+    made = toy(needs=(("surely_not_there", "surely-not-there"),))
+    with pytest.raises(DataError, match=r"'toy' needs .* pip install surely-not-there"):
+        made.fetch()
+    assert made.pip.calls == []
+    assert made.entries() == []

@@ -43,12 +43,12 @@ def same(one: dict, two: dict) -> bool:
 def test_every_head_learns(prepare, tmp_path, model_name, task):
     model, data = prepare(model_name, task)
     before = evaluate(model, data, 16).loss
-    outcome = train(model, data, TrainSettings(steps=40, batch_size=16, lr=2e-2), tmp_path)
+    outcome = train(model, data, TrainSettings(steps=80, batch_size=16, lr=1e-2), tmp_path)
     assert outcome.status == "finished"
     assert outcome.message == ""
-    assert [step for step, _ in outcome.losses] == list(range(1, 41))
+    assert [step for step, _ in outcome.losses] == list(range(1, 81))
     assert outcome.metrics["eval_loss"] < before - 0.05
-    assert outcome.eval_losses == [[40, outcome.metrics["eval_loss"]]]
+    assert outcome.eval_losses == [[80, outcome.metrics["eval_loss"]]]
     assert outcome.metrics["eval_loss"] == evaluate(model, data, 16).loss
     assert outcome.peak_memory_bytes > 0
     assert outcome.train_seconds > 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from gradrank.core.errors import DataError, GradrankError, OptionError, nearest
 from gradrank.lab.cache import cache_root, ensure_entry
 from gradrank.lab.convert import dinov2, minilm, movie_reviews, smollm2
-from gradrank.lab.download import WITHOUT, Archive, download
+from gradrank.lab.download import WITHOUT, Archive, download, require
 from gradrank.lab.unpack import Member, unpack
 
 
@@ -29,6 +29,7 @@ class Asset:
         space: Bytes needed on disk while it is built.
         description: What it is, with what to know before quoting numbers.
         licence: Licence of the content.
+        needs: Optional packages that ``convert`` imports: import name, and what to install.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Asset:
     space: int
     description: str
     licence: str
+    needs: tuple[tuple[str, str], ...] = ()
 
     @property
     def source(self) -> str:
@@ -68,6 +70,7 @@ _ASSETS = (
             ),
         ),
         convert=smollm2,
+        needs=(("gguf", "'gradrank[train]'"), ("accelerate", "'gradrank[train]'")),
         form=1,
         space=800_000_000,
         description=(
@@ -130,6 +133,7 @@ _ASSETS = (
             ),
         ),
         convert=dinov2,
+        needs=(("onnx", "onnx"),),
         form=1,
         space=400_000_000,
         description=(
@@ -212,6 +216,8 @@ def fetch_asset(name: str, say: Callable[[str], None] | None = None) -> Path:
     tell = say or _silent
 
     def build(scratch: Path, target: Path) -> dict[str, object]:
+        for module, install in asset.needs:  # before a long download, not after it
+            require(module, install, f"unpacking '{asset.name}'")
         fetched, raw = scratch / "fetched", scratch / "raw"
         fetched.mkdir()
         raw.mkdir()

