@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "budget": "uniform:1",
     "batches": 16,
     "batch_size": 8,
-    "steps": 40,
+    "steps": 32,
     "lr": 4e-3,
     "lora_alpha": 2.0,
     "eval_batches": 16,

@@ -145,7 +145,7 @@ def _tell(
             (
                 record.name,
                 f"{record.trainable_parameters['final']:,}",
-                f"{min(ranks)}-{max(ranks)}",
+                str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)}-{max(ranks)}",
                 f"{loss:.4f}",
                 "" if record is records[0] else f"{loss - control:+.4f}",
                 f"{cost.get('measure_seconds') or 0:.0f} s",
@@ -156,9 +156,11 @@ def _tell(
         "method", "parameters", "ranks", "evaluation loss", f"against {records[0].name}",
         "measuring", "training",
     )  # fmt: skip
+    measured = [record.name for record in records if record.measurement is not None]
+    shared = f"; one measurement served {' and '.join(measured)}" if len(measured) > 1 else ""
     console.show(
         table("", heads, rows),
-        f"evaluation loss before training: {before:.4f}; {seconds / 60:.1f} minutes in all",
+        f"evaluation loss before training: {before:.4f}; {seconds / 60:.1f} minutes in all{shared}",
         f"report:  {(out / 'report.html').resolve()}",
         f"next:    gradrank show {out / records[-1].name}",
         f"note:    {CLOSING}",

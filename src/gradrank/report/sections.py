@@ -240,18 +240,33 @@ def headline(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """
     seeds = sorted({run.seed for run in runs if run.seed is not None})
     pairs = [
-        ("Model", _common(runs, "model")),
-        ("Data", _common(runs, "task", "data", "dataset")),
+        ("Model", _common(runs, "model_spec", "model_name", "model")),
+        ("Data", _common(runs, "data", "task", "dataset")),
         ("Budget", _budget(runs)),
         ("Methods", listed(dict.fromkeys(run.method for run in runs))),
         ("Seeds" if len(seeds) > 1 else "Seed", listed(str(seed) for seed in seeds)),
-        ("Started", min((clean(t, 40) for run in runs if (t := run.record.created)), default="")),
+        ("Started", min((_moment(t) for run in runs if (t := run.record.created)), default="")),
     ]
     return [(name, value) for name, value in pairs if value]
 
 
 def _common(runs: Sequence[Run], *keys: str) -> str:
-    return listed(dict.fromkeys(_short(v) for run in runs if (v := run.fact(*keys)) is not None))
+    return listed(dict.fromkeys(_named(v) for run in runs if (v := run.fact(*keys)) is not None))
+
+
+def _named(value: Any) -> str:
+    """Show a described thing by its name and source; the rest stands in the configuration."""
+    if not isinstance(value, Mapping) or "name" not in value:
+        return _short(value)
+    source = f" ({_short(value['source'])})" if value.get("source") else ""
+    return _short(value["name"]) + source
+
+
+def _moment(text: Any) -> str:
+    """Show an ISO 8601 time to the minute."""
+    shown = clean(text, 40)
+    is_iso = len(shown) >= 16 and shown[10] == "T"
+    return f"{shown[:10]} {shown[11:16]} UTC" if is_iso and shown.endswith("+00:00") else shown
 
 
 def _budget(runs: Sequence[Run]) -> str:
