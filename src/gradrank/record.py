@@ -68,7 +68,7 @@ class RunRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data; NaN and infinity become None (JSON has neither)."""
-        return {"schema": SCHEMA, **_finite(asdict(self))}
+        return {"schema": SCHEMA, **finite(asdict(self))}
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write ``record.json`` atomically.
@@ -134,11 +134,19 @@ def _is_curve(curve: Any) -> bool:
     )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return plain data that JSON can hold: NaN and infinity become None, tuples become lists.
+
+    Args:
+        value: Plain data.
+
+    Returns:
+        A copy.
+    """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from cli.cli_cases import TINY
 from gradrank.cli import runfile, settings
-from gradrank.cli.options import DATA, MEASURING, METHOD, RUNNING, TRAINING, Verb, flags
+from gradrank.cli.options import DATA, MEASURING, METHOD, RUNNING, TRAINING, flags
+from gradrank.cli.verb import Verb
 from gradrank.core.errors import DataError, OptionError
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
@@ -11,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import click
+
+from gradrank.record import finite
 
 Report = Callable[[int, int, str], None]
 _PIPE_WIDTH = 110
@@ -74,7 +75,7 @@ class Console:
             data: Plain data; numbers that are not finite become null.
         """
         if self.as_json:
-            text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False)
+            text = json.dumps(finite(data), ensure_ascii=False, allow_nan=False)
             self._stdout.write(text + "\n")
             self._stdout.flush()
 
@@ -181,13 +182,3 @@ def _quieten_libraries() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }.items():
         os.environ.setdefault(name, value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -10,7 +10,8 @@ from gradrank.cli import settings
 from gradrank.cli.console import Console
 from gradrank.cli.demo_folder import check_demo_folder
 from gradrank.cli.folders import told_when_interrupted
-from gradrank.cli.options import COMMON, Verb, extra, flags
+from gradrank.cli.options import COMMON, extra, flags
+from gradrank.cli.verb import Verb
 
 EXAMPLES = """\
 gradrank demo
@@ -20,13 +21,13 @@ DEFAULTS: dict[str, Any] = {
     "model": "smollm2-135m",
     "task": "movie-review-lm",
     "max_length": 48,
-    "budget": "uniform:1",
+    "budget": "uniform:4",
     "batches": 16,
     "batch_size": 8,
     "steps": 32,
-    "lr": 4e-3,
-    "lora_alpha": 2.0,
-    "eval_batches": 16,
+    "lr": 2e-3,
+    "lora_alpha": 8.0,
+    "eval_batches": 12,
 }
 
 

@@ -7,8 +7,9 @@ import click
 
 from gradrank.cli.console import Console
 from gradrank.cli.folders import EXPORT_FILES, check_out
-from gradrank.cli.options import COMMON, HEADS, Verb, extra, flags
+from gradrank.cli.options import COMMON, HEADS, extra, flags
 from gradrank.cli.settings import needed
+from gradrank.cli.verb import Verb
 
 EXAMPLES = """\
 gradrank export my-run --target merged --out my-model

@@ -5,8 +5,9 @@ from typing import Any
 import click
 
 from gradrank.cli.console import Console
-from gradrank.cli.options import COMMON, Verb, flags
+from gradrank.cli.options import COMMON, flags
 from gradrank.cli.settings import check_method
+from gradrank.cli.verb import Verb
 
 EXAMPLES = """\
 gradrank methods

@@ -8,7 +8,8 @@ import click
 from gradrank.cli import runfile, settings
 from gradrank.cli.console import Console
 from gradrank.cli.folders import RUN_FILES, check_out, told_when_interrupted
-from gradrank.cli.options import COMMON, DATA, MEASURING, METHOD, RUNNING, Verb, extra, flags
+from gradrank.cli.options import COMMON, DATA, MEASURING, METHOD, RUNNING, extra, flags
+from gradrank.cli.verb import Verb
 from gradrank.core.errors import DataError, OptionError
 
 EXAMPLES = """\

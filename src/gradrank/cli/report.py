@@ -6,7 +6,8 @@ from pathlib import Path
 import click
 
 from gradrank.cli.console import Console
-from gradrank.cli.options import COMMON, Verb, extra, flags
+from gradrank.cli.options import COMMON, extra, flags
+from gradrank.cli.verb import Verb
 from gradrank.core.errors import DataError
 
 EXAMPLES = """\

@@ -8,7 +8,8 @@ import click
 
 from gradrank.cli.adapter import AdapterFacts, read_adapter
 from gradrank.cli.console import Console
-from gradrank.cli.options import COMMON, Verb, flags
+from gradrank.cli.options import COMMON, flags
+from gradrank.cli.verb import Verb
 from gradrank.core.errors import DataError
 from gradrank.core.plan import Plan
 

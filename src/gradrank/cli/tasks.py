@@ -3,7 +3,8 @@
 import click
 
 from gradrank.cli.console import Console
-from gradrank.cli.options import COMMON, Verb, flags
+from gradrank.cli.options import COMMON, flags
+from gradrank.cli.verb import Verb
 
 EXAMPLES = """\
 gradrank tasks

@@ -16,11 +16,11 @@ from gradrank.cli.options import (
     METHOD,
     RUNNING,
     TRAINING,
-    Verb,
     extra,
     flags,
 )
 from gradrank.cli.settings import Settings
+from gradrank.cli.verb import Verb
 from gradrank.core.errors import OptionError, OutputError
 from gradrank.core.plan import Plan
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gradrank.core.errors import DataError, OutputError
+from gradrank.core.errors import DataError, GradrankError, OutputError
 
 
 def write_atomic(path: Path, write: Callable[[Path], None], overwrite: bool = True) -> None:
@@ -24,6 +24,7 @@ def write_atomic(path: Path, write: Callable[[Path], None], overwrite: bool = Tr
     Raises:
         OutputError: If the file exists and may not be replaced, or cannot be written (no space,
             no permission). The temporary file is removed and an existing file is left as it was.
+        GradrankError: What ``write`` itself refused, unchanged.
     """
     path = Path(path)
     if path.exists() and not overwrite:
@@ -41,6 +42,8 @@ def write_atomic(path: Path, write: Callable[[Path], None], overwrite: bool = Tr
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
+    except GradrankError:
+        raise
     except OSError as error:
         raise OutputError(explain_os_error(error, path)) from error
     finally:
@@ -63,6 +66,7 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: If the folder exists (and is not empty) and may not be replaced, or cannot
             be written.
+        GradrankError: What the block itself refused, unchanged.
     """
     path = Path(path)
     refuse_existing(path, overwrite)
@@ -79,6 +83,8 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
+    except GradrankError:
+        raise
     except OSError as error:
         raise OutputError(explain_os_error(error, path)) from error
     finally:
