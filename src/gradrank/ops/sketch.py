@@ -7,6 +7,7 @@ multiplications. k is a prime: attention heads and other blocks have widths with
 and buckets in step with them would add up coordinates that belong together, which costs accuracy.
 """
 
+import functools
 import hashlib
 import math
 
@@ -83,10 +84,16 @@ def scatter_fold(rows: Tensor, size: int, seed: int) -> Tensor:
     width = rows.shape[-1]
     if width <= size:
         return rows
+    buckets, signs = _scatter_plan(width, size, seed, rows.device)
+    signed = rows * signs.to(rows.dtype)
+    return rows.new_zeros((rows.shape[0], size)).index_add_(1, buckets, signed)
+
+
+@functools.lru_cache(maxsize=64)
+def _scatter_plan(width: int, size: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    buckets = torch.randint(0, size, (width,), generator=generator).to(rows.device)
-    signs = random_signs(width, seed_of(seed, "signs")).to(rows)
-    return rows.new_zeros((rows.shape[0], size)).index_add_(1, buckets, rows * signs)
+    buckets = torch.randint(0, size, (width,), generator=generator)
+    return buckets.to(device), random_signs(width, seed_of(seed, "signs")).to(device)
 
 
 def fold(x: Tensor, signs: Tensor, size: int) -> Tensor:

@@ -140,9 +140,11 @@ class SketchProbe:
         return fold(x, signs, self.size)
 
     def on_output_grad(self, target: Target, kept: Tensor, delta: Tensor) -> None:
-        """Add ``(ΔU)ᵀ (XV)`` to the batch's sketch."""
+        """Add ``(ΔU)ᵀ (XV)``, folded to its stored width, to the batch's sketch."""
         signs = self._out_signs[target.name] = self._out_signs[target.name].to(delta.device)
-        part = fold(delta, signs, self.size).T @ kept
+        sketch = fold(delta, signs, self.size).T @ kept
+        seed = seed_of(self._seed, "row", *sketch.shape)
+        part = scatter_fold(sketch.reshape(1, -1), STORED_WIDTH, seed)[0]
         previous = self._current.get(target.name)
         self._current[target.name] = part if previous is None else previous.add_(part)
 
@@ -152,7 +154,7 @@ class SketchProbe:
         Args:
             batch: Index of the batch, for the message.
         """
-        rows = self._fold_rows()
+        rows = to_host(self._current)
         refuse_non_finite(rows, batch)
         for target in self._targets:
             row = rows.get(target.name)
@@ -166,18 +168,6 @@ class SketchProbe:
         rows = {name: torch.stack(parts) for name, parts in self._rows.items()}
         self._rows = {name: [] for name in self._rows}
         return SpectrumStatistic({name: gram_matrix(r) for name, r in rows.items()}, rows)
-
-    def _fold_rows(self) -> dict[str, Tensor]:
-        """Fold each sketch to its stored width and move it to the CPU, equal shapes together."""
-        groups: dict[tuple[torch.device, torch.Size], list[str]] = {}
-        for name, sketch in self._current.items():
-            groups.setdefault((sketch.device, sketch.shape), []).append(name)
-        rows: dict[str, Tensor] = {}
-        for (_, shape), names in groups.items():
-            flat = torch.stack([self._current[name].reshape(-1) for name in names])
-            folded = scatter_fold(flat, STORED_WIDTH, seed_of(self._seed, "row", *shape)).cpu()
-            rows |= dict(zip(names, folded.unbind(), strict=True))
-        return rows
 
     def _row_width(self, target: Target) -> int:
         return min(min(target.d_in, self.size) * min(target.d_out, self.size), STORED_WIDTH)
@@ -251,6 +241,25 @@ def refuse_non_finite(tensors: dict[str, Tensor], batch: int) -> None:
         f"the gradient of {shown} is NaN or infinite in batch {batch} ({len(bad)} of "
         f"{len(tensors)} targets). Look at that batch, or measure in float32 or bfloat16."
     )
+
+
+def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Move vectors to the CPU, equal lengths together: a copy per length, not one per target.
+
+    Args:
+        tensors: Vectors by name, ``[D]`` each.
+
+    Returns:
+        The same vectors on the CPU.
+    """
+    groups: dict[tuple[torch.device, torch.Size], list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault((tensor.device, tensor.shape), []).append(name)
+    moved: dict[str, Tensor] = {}
+    for names in groups.values():
+        stacked = torch.stack([tensors[name] for name in names]).cpu()
+        moved |= dict(zip(names, stacked.unbind(), strict=True))
+    return moved
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
