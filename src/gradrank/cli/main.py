@@ -33,10 +33,6 @@ Start here:
   gradrank plan --model MODEL --data FILE --head lm --budget uniform:8 --out my-plan
   gradrank train --plan my-plan/plan.json --model MODEL --data FILE --head lm --out my-run"""
 
-# Idle OpenMP threads that spin starve whatever else runs here: with one competing process a
-# training step on two cores took 15 to 34 s instead of 3. Read once, when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 _SETTINGS = {"max_content_width": 100, "help_option_names": ["-h", "--help"], "show_default": True}
 
 
