@@ -24,10 +24,10 @@ DEFAULTS: dict[str, Any] = {
     "budget": "uniform:4",
     "batches": 16,
     "batch_size": 8,
-    "steps": 32,
+    "steps": 28,
     "lr": 2e-3,
     "lora_alpha": 8.0,
-    "eval_batches": 12,
+    "eval_batches": 10,
 }
 
 
