@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrank.adapters.apply import apply_plan, count_trainable
+from gradrank.adapters.apply import apply_plan
 from gradrank.adapters.export import ExportReport, export
 from gradrank.core.budget import Budget
 from gradrank.core.errors import BudgetError, MeasurementError, OptionError, nearest
@@ -25,7 +25,7 @@ from gradrank.signals.layers import ALL_LINEAR, ambiguous_suffixes, find_sites
 from gradrank.signals.measure import SIGNALS, LossFunction, Progress, Signal, run
 from gradrank.signals.measurement import Measurement
 
-__all__ = ["ExportReport", "allocate", "apply", "count_trainable", "export", "measure", "plan"]
+__all__ = ["ExportReport", "allocate", "apply", "export", "measure", "plan"]
 
 
 def measure(

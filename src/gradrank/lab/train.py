@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback
 
+from gradrank.adapters import apply as adapters
 from gradrank.core.errors import GradrankError, OptionError
 from gradrank.lab.checkpoints import check_same_adapter, last_complete, read_state
 from gradrank.lab.encode import TaskData, size_of
@@ -117,13 +118,8 @@ def count_trainable(model: nn.Module) -> tuple[int, int]:
     Raises:
         OptionError: If none is trainable.
     """
-    adapter = other = 0
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            if "lora_" in name:
-                adapter += parameter.numel()
-            else:
-                other += parameter.numel()
+    counts = adapters.count_trainable(model)
+    adapter, other = counts["adapter"], counts["other"]
     if adapter + other == 0:
         raise OptionError("the model has no trainable parameter. Attach an adapter first.")
     return adapter, other
