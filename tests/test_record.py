@@ -9,6 +9,18 @@ import pytest
 
 import gradrank as gr
 
+A_DECISION: dict[str, Any] = {
+    "step": 50,
+    "parameters": 96,
+    "budget": 100,
+    "moved": 12,
+    "changed": 2,
+    "seconds": 0.25,
+    "effective_rank": {"a": 5.0},
+    "smoothed": {"a": 4.5},
+    "energy": {"a": 0.125},
+}
+
 
 def a_record(**fields: Any) -> gr.RunRecord:
     return gr.RunRecord(
@@ -82,12 +94,47 @@ def test_defaults_make_a_whole_record() -> None:
         ({"plan": [1]}, "'plan' must be an object or null"),
         ({"measurement": 5}, "'measurement' must be an object or null"),
         ({"ranks_over_time": {"a": 1}}, "'ranks_over_time'"),
+        ({"decisions": None}, "'decisions' must be a list"),
+        ({"decisions": {"step": 1}}, "'decisions' must be a list"),
+        ({"decisions": [3]}, "'decisions' must hold objects"),
+        ({"decisions": [[5, {"a": 1}]]}, "'decisions' must hold objects"),
+        ({"decisions": [{"parameters": 1}]}, "'decisions'.*with a step"),
+        ({"decisions": [{"step": None}]}, "'decisions'.*with a step"),
+        ({"decisions": [A_DECISION, {"step": -1}]}, "'decisions'"),
+        ({"decisions": [{"step": 1.5}]}, "'decisions'"),
+        ({"decisions": [{"step": True}]}, "'decisions'"),
+        ({"decisions": [{"step": 1, "moved": "much"}]}, "'decisions'.*moved"),
+        ({"decisions": [{"step": 1, "seconds": "2"}]}, "'decisions'"),
+        ({"decisions": [{"step": 1, "energy": [1.0]}]}, "'decisions'.*energy"),
+        ({"decisions": [{"step": 1, "energy": None}]}, "'decisions'.*energy"),
+        ({"decisions": [{"step": 1, "smoothed": {"a": "x"}}]}, "'decisions'.*smoothed"),
+        ({"decisions": [{"step": 1, "effective_rank": {"a": [1]}}]}, "'decisions'"),
     ],
 )
 def test_a_malformed_record_names_its_fault(change: dict[str, Any], says: str) -> None:
     data = {**a_record().to_dict(), **change}
     with pytest.raises(gr.DataError, match=says):
         gr.RunRecord.from_dict(data)
+
+
+def test_decisions_survive_their_file(tmp_path: Path) -> None:
+    record = a_record(decisions=[A_DECISION, {"step": 100}])
+    record.save(tmp_path / "r.json")
+    assert gr.RunRecord.load(tmp_path / "r.json") == record
+
+
+def test_a_record_from_before_there_were_decisions_still_loads() -> None:
+    data = a_record().to_dict()
+    del data["decisions"]
+    assert gr.RunRecord.from_dict(data) == a_record()
+    assert gr.RunRecord.from_dict(data).decisions == []
+
+
+def test_a_decision_may_hold_what_json_lacks_and_what_a_later_version_adds(tmp_path: Path) -> None:
+    odd = {**A_DECISION, "seconds": math.nan, "energy": {"a": math.inf}, "added_later": [1]}
+    a_record(decisions=[odd]).save(tmp_path / "r.json")
+    (read,) = gr.RunRecord.load(tmp_path / "r.json").decisions
+    assert read == {**A_DECISION, "seconds": None, "energy": {"a": None}, "added_later": [1]}
 
 
 @pytest.mark.parametrize("missing", ["name", "kind", "schema"])

@@ -20,8 +20,10 @@ _FORMS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("name", "kind", "created"), str, "text"),
     (_OBJECTS, dict, "an object"),
     (("plan", "measurement"), dict | None, "an object or null"),
-    (("ranks_over_time",), list, "a list"),
+    (("ranks_over_time", "decisions"), list, "a list"),
 )
+_DECISION_COUNTS = ("step", "parameters", "budget", "moved", "changed")
+_DECISION_MAPS = ("effective_rank", "smoothed", "energy")
 
 
 @dataclass
@@ -44,7 +46,15 @@ class RunRecord:
             measured, ``singular_values`` of the mean gradient; None if nothing was measured.
         losses: ``train`` and ``eval``: lists of ``[step, loss]``, loss in nats per predicted
             item.
-        ranks_over_time: List of ``[step, {target: rank}]``; one entry for static methods.
+        ranks_over_time: List of ``[step, {target: rank}]``: the ranks at the start (step 0), then
+            one entry per decision that changed something; one entry for static methods.
+        decisions: One entry per allocation decision during training, in order: ``step``,
+            ``parameters`` (of the adapter, in use after it), ``budget``, ``moved`` (parameters
+            given to targets that grew), ``changed`` (targets whose rank changed), ``seconds``
+            (merge of the measuring window, allocation and surgery), and per target
+            ``effective_rank`` (of the window), ``smoothed`` (its moving average, which was
+            allocated by) and ``energy`` (trace of the window's Gram matrix: mean squared gradient
+            norm). Only ``step`` is required. Empty for static methods and in older records.
         metrics: Final metrics by name (``eval_loss``, ``perplexity``, ``accuracy``, ...).
         cost: ``measure_seconds``, ``train_seconds``, ``eval_seconds``, ``steps``,
             ``tokens``, ``peak_memory_bytes`` and what else is known.
@@ -62,6 +72,7 @@ class RunRecord:
     measurement: Mapping[str, Any] | None = None
     losses: Mapping[str, list[list[float]]] = field(default_factory=dict)
     ranks_over_time: list[Any] = field(default_factory=list)
+    decisions: list[Any] = field(default_factory=list)
     metrics: Mapping[str, float] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
     trainable_parameters: Mapping[str, int] = field(default_factory=dict)
@@ -109,6 +120,12 @@ class RunRecord:
                 raise DataError(f"{where}: field '{wrong[0]}' must be {what}.")
         if not all(_is_curve(curve) for curve in record.losses.values()):
             raise DataError(f"{where}: field 'losses' must hold lists of [step, loss].")
+        if not all(_is_decision(entry) for entry in record.decisions):
+            raise DataError(
+                f"{where}: field 'decisions' must hold objects with a step, whole numbers for "
+                f"{', '.join(_DECISION_COUNTS[1:])} and numbers by target for "
+                f"{', '.join(_DECISION_MAPS)}."
+            )
         return record
 
     @classmethod
@@ -132,6 +149,28 @@ def _is_curve(curve: Any) -> bool:
         and isinstance(point[1], int | float | None)
         for point in curve
     )
+
+
+def _is_decision(entry: Any) -> bool:
+    """Check the form of one decision; what a later version adds to it is let through."""
+    if not isinstance(entry, dict) or entry.get("step") is None:
+        return False
+    counts = [entry.get(key) for key in _DECISION_COUNTS]
+    maps = [entry.get(key, {}) for key in _DECISION_MAPS]
+    return (
+        all(count is None or _is_count(count) for count in counts)
+        and _is_number(entry.get("seconds"))
+        and all(isinstance(each, dict) for each in maps)
+        and all(_is_number(value) for each in maps for value in each.values())
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def finite(value: Any) -> Any:

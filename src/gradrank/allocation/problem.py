@@ -70,6 +70,41 @@ def rank_bounds(
     return np.minimum(most, r_min), most if r_max is None else np.minimum(most, r_max)
 
 
+def narrow(
+    targets: Sequence[Target], low: Ints, high: Ints, within: Mapping[str, tuple[int, int]]
+) -> tuple[Ints, Ints]:
+    """Return rank bounds narrowed by further ones, which win where the two have nothing in common.
+
+    Args:
+        targets: The targets.
+        low: Smallest rank per target, ``[n]``.
+        high: Largest rank per target, ``[n]``.
+        within: Smallest and largest rank by target name.
+
+    Returns:
+        The bounds, ``[n]`` each.
+
+    Raises:
+        OptionError: If a target is missing or its bounds contradict each other.
+
+    Examples:
+        >>> low, high = np.array([1]), np.array([8])
+        >>> low, high = narrow([Target("a", 16, 16)], low, high, {"a": (3, 5)})
+        >>> low.tolist(), high.tolist()
+        ([3], [5])
+    """
+    bounds = {t.name: within.get(t.name, (1, 0)) for t in targets}
+    wrong = [name for name, (least, most) in bounds.items() if least > most]
+    if wrong:
+        raise OptionError(
+            f"'within' must hold (smallest, largest) for every target; that of '{wrong[0]}' is "
+            f"{within.get(wrong[0])}."
+        )
+    smallest = np.array([within[target.name][0] for target in targets], dtype=np.int64)
+    largest = np.array([within[target.name][1] for target in targets], dtype=np.int64)
+    return np.clip(low, smallest, largest), np.clip(high, smallest, largest)
+
+
 def check_budget(
     targets: Sequence[Target],
     r_min: ArrayLike,

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from gradrank.allocation.problem import (
     check_budget,
+    narrow,
     rank_bounds,
     rank_costs,
     refuse_empty,
@@ -29,6 +30,7 @@ def proportional(
     r_min: int = 0,
     r_max: int | None = None,
     spend_leftover: bool = True,
+    within: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, int]:
     r"""Return ranks in proportion to scores.
 
@@ -44,6 +46,8 @@ def proportional(
         r_min: Smallest rank, clipped to a target's ``max_rank``.
         r_max: Largest rank, clipped to a target's ``max_rank``; None means ``max_rank``.
         spend_leftover: Whether to spend what the rule leaves; False is the paper's rule alone.
+        within: Smallest and largest rank per target name on top of ``r_min`` and ``r_max``, for
+            ranks that may only move a little. A budget above what these allow is not spent.
 
     Returns:
         Rank per target name, in the order of ``targets``. The parameters never exceed the
@@ -72,14 +76,18 @@ def proportional(
     """
     costs = rank_costs(targets)
     low, high = rank_bounds(targets, r_min, r_max)
+    base = low
     score = score_array(targets, scores)
+    if within is not None:
+        low, high = narrow(targets, low, high, within)
+        budget = min(budget, int((np.where(score > 0, high, low) * costs).sum()))
     check_budget(targets, low, high, budget, live=score > 0)
     # Relative to the largest, so that neither tiny nor huge scores leave the range of floats.
     share = score / score.max()
-    factor = _largest_factor(share, costs, low, high, budget)
-    ranks = _round(factor * (1 - _TIE), share, low, high)
+    factor = _largest_factor(share, costs, base, low, high, budget)
+    ranks = _round(factor * (1 - _TIE), share, base, low, high)
     if spend_leftover:
-        cut = low + factor * share - ranks
+        cut = base + factor * share - ranks
         slack = budget - int((ranks * costs).sum())
         high = np.where(score > 0, high, low)
         _spend_leftover(ranks, [t.name for t in targets], cut, score, costs, high, slack)
@@ -88,19 +96,21 @@ def proportional(
     return named
 
 
-def _round(factor: float, share: Floats, low: Ints, high: Ints) -> Ints:
-    """Return ``low + factor * share``, halves rounded up, clipped to ``[low, high]``."""
-    rise = np.minimum(np.floor(factor * share + 0.5), high - low)
-    return low + rise.astype(np.int64)
+def _round(factor: float, share: Floats, base: Ints, low: Ints, high: Ints) -> Ints:
+    """Return ``base + factor * share``, halves rounded up, clipped to ``[low, high]``."""
+    rise = np.clip(np.floor(factor * share + 0.5), low - base, high - base)
+    return base + rise.astype(np.int64)
 
 
-def _largest_factor(share: Floats, costs: Ints, low: Ints, high: Ints, budget: int) -> float:
+def _largest_factor(
+    share: Floats, costs: Ints, base: Ints, low: Ints, high: Ints, budget: int
+) -> float:
     """Return the largest float for which the rounded ranks fit, by bisection to neighbours."""
 
     def fits(factor: float) -> bool:
-        return int((_round(factor, share, low, high) * costs).sum()) <= budget
+        return int((_round(factor, share, base, low, high) * costs).sum()) <= budget
 
-    below, above = 0.0, 2.0 * float((high - low).max()) + 1.0
+    below, above = 0.0, 2.0 * float((high - base).max()) + 1.0
     # Small shares need a larger factor to reach r_max; beyond this bound nothing changes.
     most = min(above / max(float(share[share > 0].min()), 1e-290), 1e300)
     while fits(above):

@@ -32,6 +32,10 @@ class PlanError(GradrankError, ValueError):
     """A plan that is malformed or does not fit the model it is applied to."""
 
 
+class SurgeryError(GradrankError, RuntimeError):
+    """An edit of live LoRA layers that is refused, or a controller that could not do its work."""
+
+
 class DataError(GradrankError, ValueError):
     """Data that is missing, empty, or not in the expected form."""
 

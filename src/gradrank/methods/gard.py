@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from gradrank.allocation import proportional
 from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
@@ -17,7 +15,6 @@ from gradrank.methods.method import (
     option,
     require,
 )
-from gradrank.ops import spectrum
 from gradrank.signals.measure import ESTIMATORS, Signal, Spectrum
 from gradrank.signals.measurement import Measurement
 
@@ -75,9 +72,8 @@ class Gard:
         """
         if measurement is None:
             raise MeasurementError("method 'gard' needs a measurement; none was given.")
-        grams = torch.stack([measurement.gram(target.name) for target in targets])
-        values = spectrum.eigenvalues(spectrum.centre(grams) if self.centring else grams)
-        ranks = spectrum.effective_rank(values, self.energy).tolist()
+        found = measurement.need_spectrum().effective_ranks(self.energy, self.centring)
+        ranks = [found[target.name] for target in targets]
         total = sum(ranks)
         if total == 0:
             raise MeasurementError(
@@ -85,9 +81,8 @@ class Gard:
                 "allocate by. Check the labels and the loss."
             )
         ceiling = math.ceil(self.energy * measurement.batches - 1e-9)
-        rows = zip(targets, ranks, strict=True)
+        rows = list(zip(targets, ranks, strict=True))
         details = {t.name: {"effective_rank": r, "saturation": r / ceiling} for t, r in rows}
-        rows = zip(targets, ranks, strict=True)
         return Assessment({t.name: r / total for t, r in rows}, details=details)
 
     def ranks(

@@ -9,6 +9,7 @@ from gradrank.core.errors import OptionError, nearest
 _PATHS = {
     "uniform": "gradrank.methods.uniform:Uniform",
     "gard": "gradrank.methods.gard:Gard",
+    "gard-dynamic": "gradrank.methods.gard_dynamic:DynamicGard",
     "waterfill": "gradrank.methods.waterfill:Waterfill",
     "gradient-norm": "gradrank.methods.gradient_norm:GradientNorm",
     "depth": "gradrank.methods.depth:Depth",

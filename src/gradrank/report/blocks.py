@@ -36,7 +36,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """One table; an ``interactive`` one can be sorted and searched, and starts folded."""
+    """One table; an ``interactive`` one can be sorted and searched, and starts folded.
+
+    ``hint`` stands in the empty search field.
+    """
 
     kind: ClassVar[str] = "table"
     name: str
@@ -44,6 +47,7 @@ class Table:
     head: Sequence[Cell]
     rows: Sequence[Sequence[Cell]]
     interactive: bool = False
+    hint: str = "name or type"
 
 
 @dataclass(frozen=True)

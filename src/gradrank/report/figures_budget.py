@@ -19,7 +19,7 @@ from gradrank.report.style import (
 )
 from gradrank.report.svg import Figure, canvas, finish, look
 from gradrank.report.text import count, listed, percent
-from gradrank.report.view import Run
+from gradrank.report.view import Run, final
 
 _WIDTH = 500
 _PARTS = {"measure": "measuring", "train": "training", "eval": "evaluating"}
@@ -42,7 +42,7 @@ def budget_bar(runs: Sequence[Run], layout: Layout) -> Figure | None:
         The figure, or None without a plan. ``data``: per run ``segments`` (parameters by type),
         ``slack`` and ``budget`` (None if unknown).
     """
-    planned = [run for run in runs if run.planned]
+    planned = [run for run in runs if run.planned and run.shaped]
     if not planned:
         return None
     marks = type_marks(layout.rows)
@@ -61,7 +61,8 @@ def budget_bar(runs: Sequence[Run], layout: Layout) -> Figure | None:
         "adapter parameters",
     )
     caption = "Trainable parameters by module type. " + _slack_sentence(planned)
-    return finish(drawn, "budget", "How the parameter budget is spent", caption, data)
+    title = "How the parameter budget is spent" + (", final ranks" if final(planned) else "")
+    return finish(drawn, "budget", title, caption, data)
 
 
 @look()

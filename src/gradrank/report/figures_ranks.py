@@ -14,7 +14,7 @@ from gradrank.report.panels import MAX_PANELS, small_multiples
 from gradrank.report.style import Mark, label_of, run_marks, whole_ticks
 from gradrank.report.svg import Figure, finish, look
 from gradrank.report.text import count, listed, number, plural
-from gradrank.report.view import Run
+from gradrank.report.view import Run, final
 
 MAX_ALLOCATIONS = 6
 
@@ -83,7 +83,7 @@ def rank_heat_map(runs: Sequence[Run], layout: Layout) -> Figure | None:
     if any(0 in a.ranks.values() for a in varied):
         caption += " Light grey cells are rank 0: those targets carry no adapter."
     caption += _constant_note(every, varied) + _dropped_note(layout, MAX_ROWS)
-    return finish(drawn, "rank-heat-map", "Rank of every target", caption, data)
+    return finish(drawn, "rank-heat-map", _titled("Rank of every target", runs), caption, data)
 
 
 @look()
@@ -132,7 +132,7 @@ def rank_profile(runs: Sequence[Run], layout: Layout) -> Figure | None:
     caption = " ".join(_extremes(a, layout) for a in every if a.constant is None)
     caption = caption or "Every layer of a type has the same rank."
     caption += _dropped_note(layout, MAX_PANELS)
-    return finish(drawn, "rank-profile", "Rank by layer", caption, lines)
+    return finish(drawn, "rank-profile", _titled("Rank by layer", runs), caption, lines)
 
 
 @look()
@@ -175,7 +175,12 @@ def rank_histogram(runs: Sequence[Run]) -> Figure | None:
     if constant:
         lines = listed(f"{a.label} (rank {a.constant} everywhere)" for a in constant)
         caption += f" The broken line marks {lines}."
-    return finish(drawn, "rank-histogram", "Distribution of ranks", caption, data)
+    title = f"Distribution of {'final ' if final(runs) else ''}ranks"
+    return finish(drawn, "rank-histogram", title, caption, data)
+
+
+def _titled(title: str, runs: Sequence[Run]) -> str:
+    return f"Final {title[0].lower()}{title[1:]}" if final(runs) else title
 
 
 def _profiles(every: Sequence[Allocation], layout: Layout) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from gradrank.report.style import (
 )
 from gradrank.report.svg import Figure, canvas, finish, look
 from gradrank.report.text import as_float, listed
-from gradrank.report.view import Run
+from gradrank.report.view import Run, final
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -116,7 +116,8 @@ def score_against_rank(runs: Sequence[Run], layout: Layout) -> Figure | None:
         Line2D([], [], color=marks[k].color, marker=marks[k].marker, linestyle="") for k in used
     ]
     add_legend(drawn, handles, labels, shape, left=52)
-    return finish(drawn, "score-rank", "Score against rank", _correlations(data), data)
+    title = f"Score against {'final ' if final(runs) else ''}rank"
+    return finish(drawn, "score-rank", title, _correlations(data), data)
 
 
 def _correlations(data: dict) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from gradrank.core.errors import DataError
 from gradrank.record import RunRecord
+from gradrank.report.history import History, read_history
 from gradrank.report.text import as_count, as_float, clean, shorten
 from gradrank.report.view import Measured, Measurement, Planned, Run
 
@@ -107,6 +108,10 @@ def _read_run(record: RunRecord) -> Run:
     name = _mapping(method).get("name") or (method if isinstance(method, str) else record.name)
     losses = _mapping(record.losses)
     reliability = plan.get("reliability")
+    planned = _read_planned(plan)
+    budget = as_count(_mapping(plan.get("budget")).get("parameters"))
+    costs = {key: entry.d_in + entry.d_out for key, entry in planned.items() if entry.shaped}
+    history = read_history(record, costs, budget)
     return Run(
         label=shorten(clean(record.name), 32) or "unnamed",
         method=clean(name, 60),
@@ -114,8 +119,8 @@ def _read_run(record: RunRecord) -> Run:
         status=clean(record.status, 20),
         seed=as_count(_mapping(record.seeds).get("run")),
         record=record,
-        planned=_read_planned(plan),
-        budget=as_count(_mapping(plan.get("budget")).get("parameters")),
+        planned=_with_final_ranks(planned, history),
+        budget=budget,
         provenance=_mapping(plan.get("provenance")),
         reliability=reliability if isinstance(reliability, Mapping) else None,
         measurement=_read_measurement(record, as_float(options.get("energy"))),
@@ -123,6 +128,7 @@ def _read_run(record: RunRecord) -> Run:
         evals=_curve(losses.get("eval")),
         metrics=_numbers(record.metrics),
         cost=_numbers(record.cost),
+        history=history,
     )
 
 
@@ -135,6 +141,19 @@ def _read_planned(plan: Mapping[str, Any]) -> dict[str, Planned]:
             score = as_float(row.get("score"))
             result[clean(name)] = Planned(rank, d_in or 0, d_out or 0, score)
     return result
+
+
+def _with_final_ranks(
+    planned: Mapping[str, Planned], history: History | None
+) -> Mapping[str, Planned]:
+    """Return the ranks at the end of a run; a target that its history left out has rank 0."""
+    if history is None or not history.ranks:
+        return planned
+    unknown = Planned(0, 0, 0, None)
+    return {
+        name: replace(planned.get(name, unknown), rank=history.final.get(name, 0))
+        for name in dict.fromkeys([*planned, *history.targets])
+    }
 
 
 def _read_measurement(record: RunRecord, alpha: float | None) -> Measurement | None:

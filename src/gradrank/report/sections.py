@@ -15,11 +15,12 @@ from gradrank.report.figures_spectra import eigenvalue_spectra, saturation_sente
 from gradrank.report.figures_training import loss_curves, loss_difference
 from gradrank.report.layout import Layout, arrange
 from gradrank.report.reading import distinct_measurements
+from gradrank.report.sections_time import history_section
 from gradrank.report.svg import Figure
 from gradrank.report.tables import cost_table, results_table, target_table
 from gradrank.report.text import as_count, clean, count, listed, memory, percent, plural, seconds
 from gradrank.report.verdict import reliability_sentences, verdict
-from gradrank.report.view import Measurement, Run
+from gradrank.report.view import Measurement, Run, final
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ def gather(runs: Sequence[Run]) -> Material:
     names: dict[str, None] = {}
     for run in runs:
         names.update(dict.fromkeys(run.planned))
+        if run.history is not None:
+            names.update(dict.fromkeys([*run.history.targets, *run.history.measured]))
     for measured in measurements:
         names.update(dict.fromkeys(measured.targets))
     return Material(runs, measurements, arrange(names))
@@ -58,7 +61,7 @@ def all_sections(material: Material) -> list[Section]:
     Returns:
         The sections.
     """
-    makers = (_result, _capacity, _measured, _trust, _training, _cost, _replay)
+    makers = (_result, _capacity, _history, _measured, _trust, _training, _cost, _replay)
     return [section for make in makers if (section := make(material)).blocks]
 
 
@@ -75,17 +78,22 @@ def _result(material: Material) -> Section:
 
 def _capacity(material: Material) -> Section:
     runs, layout = material.runs, material.layout
+    title = "Where the capacity went" + (" (final ranks)" if final(runs) else "")
     blocks: list[Block] = []
     if not any(run.planned for run in runs):
         text = "These records hold no plan, so where capacity went is unknown."
-        return Section("capacity", "Where the capacity went", [Paragraph(text)])
+        return Section("capacity", title, [Paragraph(text)])
     blocks += _figures(
         budget_bar(runs, layout),
         rank_histogram(runs),
         rank_heat_map(runs, layout),
         rank_profile(runs, layout),
     )
-    return Section("capacity", "Where the capacity went", blocks)
+    return Section("capacity", title, blocks)
+
+
+def _history(material: Material) -> Section:
+    return history_section(material.runs, material.layout)
 
 
 def _measured(material: Material) -> Section:
@@ -94,6 +102,8 @@ def _measured(material: Material) -> Section:
     layout, several = material.layout, len(material.measurements) > 1
     if not material.measurements:
         text = "These records hold no measurement, so there are no spectra to show."
+        if any(run.history and run.history.measured for run in material.runs):
+            text = "Only windows during training were measured; they are drawn under 'How capacity moved'."
         blocks.append(Paragraph(text))
     for i, measured in enumerate(material.measurements):
         suffix = f"-{i + 1}" if i else ""

@@ -21,6 +21,11 @@ from gradrank.core.files import write_atomic, write_text
 
 FORMATS = ("svg", "png", "pdf")
 _SVG = "http://www.w3.org/2000/svg"
+# An upright rectangle as matplotlib spells it, from any corner, either way round.
+_BOX = re.compile(
+    r"M (\S+) (\S+) L (?:(\S+) \2 L \3 (\S+) L \1 \4|\1 (\S+) L (\S+) \5 L \6 \2)"
+    r"(?: L \1 \2)? z"
+)
 _FONTS = "'DejaVu Sans',Verdana,system-ui,sans-serif"
 _LOOK: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -67,6 +72,7 @@ class Figure:
         svg: Self-contained ``<svg>`` element.
         data: Exactly what was drawn, as plain data.
         width: Natural width in CSS pixels.
+        headline: What the figure shows, in one sentence; "" if the caption says it all.
     """
 
     name: str
@@ -76,6 +82,7 @@ class Figure:
     data: Mapping[str, Any] = field(repr=False)
     width: int
     _canvas: Canvas = field(repr=False, compare=False)
+    headline: str = ""
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the figure as a file, atomically.
@@ -147,7 +154,9 @@ def canvas(width: float, height: float) -> Canvas:
     return Canvas(figsize=(width / 72, height / 72), dpi=72)
 
 
-def finish(drawn: Canvas, name: str, title: str, caption: str, data: Mapping[str, Any]) -> Figure:
+def finish(
+    drawn: Canvas, name: str, title: str, caption: str, data: Mapping[str, Any], headline: str = ""
+) -> Figure:
     """Turn a canvas into a figure.
 
     Args:
@@ -156,6 +165,7 @@ def finish(drawn: Canvas, name: str, title: str, caption: str, data: Mapping[str
         title: Heading.
         caption: Caption.
         data: What was drawn.
+        headline: What it shows, in one sentence.
 
     Returns:
         The figure.
@@ -163,7 +173,14 @@ def finish(drawn: Canvas, name: str, title: str, caption: str, data: Mapping[str
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     raw = _print(drawn, "svg", metadata=metadata).decode("utf-8")
     width = round(drawn.get_figwidth() * 72)
-    return Figure(name, title, caption, _embeddable(raw, name, title), data, width, drawn)
+    svg = _embeddable(raw, name, title)
+    return Figure(name, title, caption, svg, data, width, drawn, headline)
+
+
+def _short_box(match: re.Match[str]) -> str:
+    """Spell a rectangle in half the bytes: heat maps have thousands."""
+    x, y, right, down, below, across = match.groups()
+    return f"M{x} {y}H{right}V{down}H{x}z" if right else f"M{x} {y}V{below}H{across}V{y}z"
 
 
 def _print(drawn: Canvas, kind: str, **options: Any) -> bytes:
@@ -244,7 +261,8 @@ def _rewrite(key: str, text: str, ids: Mapping[str, str], used: set[str]) -> str
         return re.sub(r"^#(.+)$", renamed, text)
     if key in {"d", "x", "y", "width", "height", "transform"}:
         text = re.sub(r"-?\d+\.\d+", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), text)
-        return " ".join(text.split())
+        text = " ".join(text.split())
+        return _BOX.sub(_short_box, text) if key == "d" else text
     if key == "style":
         text = re.sub(r"font-family:[^;]*(;\s*|$)", "", text)
         text = re.sub(r"([:;])\s+", r"\1", text)

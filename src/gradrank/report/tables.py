@@ -82,7 +82,11 @@ def target_table(
     if not layout.places:
         return None
     head = [Cell("target"), num("layer"), Cell("type"), num("out × in")]
-    head += [num(f"rank, {run.label}") for run in planned]
+    for run in planned:
+        if run.history is not None:
+            head += [num(f"rank at the start, {run.label}"), num(f"final rank, {run.label}")]
+        else:
+            head.append(num(f"rank, {run.label}"))
     several = len(ranked) > 1
     head += [num(f"effective rank{', ' + m.runs[0] if several else ''}") for m in ranked]
     head += [num(f"score, {run.label}") for run in scored]
@@ -93,6 +97,9 @@ def target_table(
         row += [Cell(layout.row_of(name), layout.row_of(name)), _shape(planned, name)]
         for run in planned:
             entry = run.planned.get(name)
+            if run.history is not None:
+                first = run.history.start.get(name, 0) if entry and run.history.ranks else None
+                row.append(num(count(first), first))
             row.append(num(count(entry.rank), entry.rank) if entry else num(NOTHING))
         for measured in ranked:
             value = _effective(measured, name)

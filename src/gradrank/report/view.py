@@ -1,10 +1,11 @@
 """What a report knows of a run: cleaned texts and finite numbers, nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from gradrank.record import RunRecord
+from gradrank.report.history import History
 from gradrank.report.text import as_count
 
 BASELINE = "uniform"
@@ -18,6 +19,11 @@ class Planned:
     d_in: int
     d_out: int
     score: float | None
+
+    @property
+    def shaped(self) -> bool:
+        """Whether the record tells the target's shape, so that its parameters are known."""
+        return bool(self.d_in and self.d_out)
 
     @property
     def parameters(self) -> int:
@@ -65,7 +71,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Run:
-    """One record as the report sees it; every text in it is cleaned, every number finite."""
+    """One record as the report sees it; every text in it is cleaned, every number finite.
+
+    ``planned`` holds the final ranks where ``history`` tells them, else those of the plan.
+    """
 
     label: str
     method: str
@@ -82,6 +91,7 @@ class Run:
     evals: tuple[tuple[float, float], ...]
     metrics: Mapping[str, float]
     cost: Mapping[str, float]
+    history: History | None = None
 
     @property
     def finished(self) -> bool:
@@ -95,10 +105,18 @@ class Run:
 
     @property
     def parameters(self) -> int | None:
-        """Adapter parameters: of the plan, else as the record tells them."""
-        if self.planned:
+        """Adapter parameters: of the ranks if shapes are known, else as the record tells them."""
+        if self.shaped:
             return sum(planned.parameters for planned in self.planned.values())
         return as_count(self.record.trainable_parameters.get("final"))
+
+    @property
+    def shaped(self) -> bool:
+        """Whether ranks are known, and the shape of every target that history added to them."""
+        added = self.history.targets if self.history else ()
+        return bool(self.planned) and all(
+            self.planned[name].shaped for name in added if self.planned[name].rank
+        )
 
     @property
     def slack(self) -> int | None:
@@ -127,6 +145,12 @@ class Run:
         known = [part for part in parts if part is not None]
         return sum(known) if known else None
 
+    @property
+    def end(self) -> int:
+        """Where the history ends: the last step taken, or the last event if that is later."""
+        events = self.history.events if self.history else ()
+        return max([self.steps or 0, *(event.step for event in events[-1:])])
+
     def fact(self, *keys: str) -> Any:
         """Return the first known value among provenance and configuration.
 
@@ -141,3 +165,15 @@ class Run:
                 if source.get(key) not in (None, "", [], {}):
                     return source[key]
         return None
+
+
+def final(runs: Iterable[Run]) -> bool:
+    """Say whether ranks have a history, so that those shown of these runs are the final ones.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        Whether any of them has one.
+    """
+    return any(run.history is not None for run in runs)

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
 from gradrank.ops.sketch import fold, prime_at_least, random_signs, scatter_fold, seed_of
-from gradrank.ops.spectrum import gram_matrix
+from gradrank.ops.spectrum import centre, effective_rank, eigenvalues, gram_matrix
 
 # A two-sided sketch of k x k numbers is folded once more to this width before it is stored: 4 KB
 # per target and batch. The relative error of an inner product is about sqrt(2 / width) for this
@@ -36,6 +36,23 @@ class SpectrumStatistic:
     def batches(self) -> int:
         """Number of mini-batches M."""
         return next((int(gram.shape[0]) for gram in self.gram.values()), 0)
+
+    def effective_ranks(self, energy: float, centring: bool = False) -> dict[str, int]:
+        """Return the effective rank of every target by the energy threshold.
+
+        Args:
+            energy: Threshold α in (0, 1].
+            centring: Whether to remove the mean gradient first (covariance, not Gram).
+
+        Returns:
+            Rank per target, 0 for a zero gradient.
+
+        Source:
+            GARD, section 3.2.
+        """
+        grams = torch.stack(list(self.gram.values()))
+        values = eigenvalues(centre(grams) if centring else grams)
+        return dict(zip(self.gram, effective_rank(values, energy).tolist(), strict=True))
 
     def subset(self, indices: Sequence[int]) -> "SpectrumStatistic":
         """Return the statistic of some of the batches.
@@ -154,14 +171,24 @@ class SketchProbe:
         Args:
             batch: Index of the batch, for the message.
         """
-        rows = to_host(self._current)
+        for name, row in self.take_batch(batch).items():
+            self._rows[name].append(row)
+
+    def take_batch(self, batch: int) -> dict[str, Tensor]:
+        """Close a mini-batch and hand out its sketches instead of storing them.
+
+        Args:
+            batch: Index of the batch, for the message about NaN and infinity.
+
+        Returns:
+            Per target ``[D]`` float32, on the CPU; zeros where no gradient arrived.
+        """
+        current, self._current = self._current, {}
+        rows = to_host(current)
         refuse_non_finite(rows, batch)
-        for target in self._targets:
-            row = rows.get(target.name)
-            if row is None:
-                row = torch.zeros(self._row_width(target))
-            self._rows[target.name].append(row)
-        self._current.clear()
+        zeros = {t.name: self._row_width(t) for t in self._targets if t.name not in rows}
+        rows |= {name: torch.zeros(width) for name, width in zeros.items()}
+        return {target.name: rows[target.name] for target in self._targets}
 
     def finish(self) -> SpectrumStatistic:
         """Return the statistic and forget the batches."""
@@ -202,13 +229,23 @@ class DenseProbe:
         Args:
             batch: Index of the batch, for the message.
         """
-        refuse_non_finite(self._current, batch)
-        for target in self._targets:
-            grad = self._current.get(target.name)
-            if grad is None:
-                grad = torch.zeros(target.d_out, target.d_in)
-            self._rows[target.name].append(grad.reshape(-1).cpu())
-        self._current.clear()
+        for name, row in self.take_batch(batch).items():
+            self._rows[name].append(row)
+
+    def take_batch(self, batch: int) -> dict[str, Tensor]:
+        """Close a mini-batch and hand out its gradients instead of storing them.
+
+        Args:
+            batch: Index of the batch, for the message about NaN and infinity.
+
+        Returns:
+            Per target ``[d_out * d_in]`` on the CPU; zeros where no gradient arrived.
+        """
+        current, self._current = self._current, {}
+        refuse_non_finite(current, batch)
+        zeros = {t.name: (t.d_out, t.d_in) for t in self._targets if t.name not in current}
+        current |= {name: torch.zeros(shape) for name, shape in zeros.items()}
+        return {t.name: current[t.name].reshape(-1).cpu() for t in self._targets}
 
     def finish(self) -> SpectrumStatistic:
         """Return the Gram matrices and forget the gradients."""

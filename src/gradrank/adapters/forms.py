@@ -1,0 +1,327 @@
+"""Training-time forms of stock LoRA layers: component mask, SVD form, neuron partition.
+
+A form is a parametrization of the ``nn.Linear`` modules that PEFT keeps in ``lora_A`` and
+``lora_B``. PEFT's forward, merge and quantised layers work on it unchanged, and every save shows
+plain weights (:mod:`gradrank.adapters.baking`). ADR 0008 lists what was tried and the limits.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradrank.adapters.baking import (
+    baked_weight,
+    form_behind,
+    install,
+    learned_tensors,
+    sharded_like,
+    strip,
+)
+from gradrank.adapters.factors import (
+    check_active,
+    check_unmerged,
+    check_whole,
+    linears,
+    plain_linears,
+)
+from gradrank.adapters.parametrizations import (
+    ComponentMask,
+    Form,
+    Partition,
+    Singular,
+    decompose,
+    same_shape,
+)
+from gradrank.core.errors import OptionError, TargetError, nearest
+
+INITS = ("svd", "keep")
+
+
+def form_of(layer: nn.Module, adapter: str) -> str:
+    """Return which form an adapter of a layer has.
+
+    Args:
+        layer: A LoRA layer.
+        adapter: Name of the adapter.
+
+    Returns:
+        ``plain``, ``mask``, ``svd`` or ``partition``.
+    """
+    form = form_behind(linears(layer, adapter)[1])
+    return "plain" if form is None else form.kind
+
+
+def attach_mask(layer: nn.Module, adapter: str, active: int) -> None:
+    """Let only the first components of an adapter count, at fixed shapes.
+
+    For settings where parameters cannot change shape while training runs (DDP, FSDP2, DeepSpeed,
+    ``torch.compile``). Dormant components neither contribute nor receive any gradient. The
+    parameters stay the same objects, so that an optimizer keeps them.
+
+    Args:
+        layer: A plain LoRA layer on a linear target.
+        adapter: Name of the adapter.
+        active: Components that count, in ``1..r``.
+
+    Raises:
+        OptionError: If ``active`` is outside ``1..r``.
+        TargetError: If the layer cannot carry a form, or carries one already.
+    """
+    a, b = plain_linears(layer, adapter)
+    rank = a.out_features
+    check_active(active, rank)
+    install(a, ComponentMask(rank, active, 0, a.weight.device))
+    install(b, ComponentMask(rank, active, 1, b.weight.device))
+
+
+def set_active(layer: nn.Module, adapter: str, active: int) -> None:
+    """Change how many components of a masked adapter count, in place.
+
+    The function changes by what the components contribute: before growing, the new columns of
+    ``raw_tensors(layer, adapter)["B"]`` have to be zero if it shall stay the same.
+
+    Args:
+        layer: A LoRA layer with a component mask.
+        adapter: Name of the adapter.
+        active: Components that count, in ``1..r``.
+
+    Raises:
+        OptionError: If ``active`` is outside ``1..r``.
+        TargetError: If the adapter has no component mask, or is merged.
+    """
+    forms = [form_behind(linear) for linear in linears(layer, adapter)]
+    masks = [form for form in forms if isinstance(form, ComponentMask)]
+    if len(masks) != 2:
+        raise TargetError(
+            f"adapter '{adapter}' has form '{form_of(layer, adapter)}', and only a component mask "
+            "has active components to set. Call attach_mask first."
+        )
+    check_unmerged(layer, adapter)
+    check_active(active, masks[0].mask.numel())
+    for mask in masks:
+        mask.set_active(active)
+
+
+def active_components(layer: nn.Module, adapter: str) -> int:
+    """Return how many components of an adapter count.
+
+    Args:
+        layer: A LoRA layer.
+        adapter: Name of the adapter.
+
+    Returns:
+        The active components of a masked adapter, else its rank.
+    """
+    a, b = linears(layer, adapter)
+    form = form_behind(b)
+    return form.active if isinstance(form, ComponentMask) else a.out_features
+
+
+def attach_svd(layer: nn.Module, adapter: str, init: str = "svd", seed: int = 0) -> None:
+    r"""Write an adapter as ``scaling · P diag(λ) Q`` with a trainable λ.
+
+    ``A = Q [r, d_in]`` stays a plain weight; ``B = P λ`` has P ``[d_out, r]`` in the place of the
+    weight and λ ``[r]`` beside it. P and Q are the parameters that were there; λ is new, so that
+    an optimizer has to be given it.
+
+    Args:
+        layer: A plain LoRA layer on a linear target.
+        adapter: Name of the adapter.
+        init: ``svd`` (λ are the singular values of ``B A``, P and Q orthonormal; the function
+            stays up to rounding; for a zero update λ = 0 and P, Q random) or ``keep`` (λ = 1,
+            P = B, Q = A, bitwise the same function).
+        seed: Seed of P and Q for a zero update; the global random state is neither read nor
+            changed.
+
+    Raises:
+        OptionError: If ``init`` is unknown.
+        TargetError: If the layer cannot carry a form, carries one already, or has a rank above
+            its widths, which leaves no orthonormal P and Q.
+
+    Source:
+        IGU-LoRA, section 3 (the form); AdaLoRA, arXiv 2303.10512, equation 3.
+
+    Notes:
+        Decomposed in float64 from QR of both factors; the ``d_out x d_in`` product is not formed.
+    """
+    a, b = plain_linears(layer, adapter)
+    if init not in INITS:
+        raise OptionError(f"init '{init}' is unknown. {nearest(init, INITS)}")
+    lam = torch.ones(a.out_features, dtype=b.weight.dtype, device=b.weight.device)
+    if init == "svd":
+        if a.out_features > min(a.in_features, b.out_features):
+            raise TargetError(
+                f"adapter '{adapter}' has rank {a.out_features} on a {b.out_features} x "
+                f"{a.in_features} target, so that no {a.out_features} directions are orthonormal. "
+                "Use init='keep', or a lower rank."
+            )
+        P, lam, Q = decompose(a.weight.detach(), b.weight.detach(), seed)
+        with torch.no_grad():
+            a.weight.copy_(Q)
+            b.weight.copy_(P)
+    # The form starts from λ = 1 (see Singular.right_inverse), so λ is filled in afterwards.
+    form = Singular(torch.ones_like(lam, dtype=b.weight.dtype), b.weight.requires_grad)
+    install(b, form)
+    with torch.no_grad():
+        form.lam.copy_(lam)
+
+
+def attach_partition(
+    layer: nn.Module, adapter: str, dominant: Tensor, rank: int, supplementary_rank: int
+) -> None:
+    """Give dominant output rows the first components of an adapter and the others the last.
+
+    B is stored compactly, ``B_d [|M|, r]`` and ``B_s [d_out - |M|, r']``, and expanded when it is
+    used; A stays ``[r + r', d_in]``. Both blocks are new parameters, so that an optimizer has to
+    be given them.
+
+    Args:
+        layer: A plain LoRA layer of rank ``r + r'`` on a linear target.
+        adapter: Name of the adapter.
+        dominant: Boolean mask M of output rows, ``[d_out]``; all or none may be set.
+        rank: Components r of dominant rows, at least 1.
+        supplementary_rank: Components r' of the other rows, 0 or more.
+
+    Raises:
+        OptionError: If the mask or the ranks do not fit, or B has nonzero entries outside the
+            blocks (they would be lost, which changes the function).
+        TargetError: If the layer cannot carry a form, or carries one already.
+
+    Source:
+        PiLoRA, section 3.3 (two ranks in one layer).
+    """
+    a, b = plain_linears(layer, adapter)
+    if dominant.dtype != torch.bool or dominant.shape != (b.out_features,):
+        raise OptionError(
+            f"the mask of dominant rows is {dominant.dtype} {list(dominant.shape)}, and the layer "
+            f"needs torch.bool [{b.out_features}], one entry per output."
+        )
+    if rank < 1 or supplementary_rank < 0 or rank + supplementary_rank != a.out_features:
+        raise OptionError(
+            f"ranks {rank} and {supplementary_rank} do not make the rank {a.out_features} of "
+            f"adapter '{adapter}'. Build the layer with rank r + r', r >= 1, r' >= 0."
+        )
+    form = Partition(dominant.to(b.weight.device), rank, supplementary_rank)
+    form.split(b.weight.detach())
+    install(b, form)
+
+
+def detach(layer: nn.Module, adapter: str) -> None:
+    """Turn an adapter back into plain ``lora_A``/``lora_B`` weights of the same function, bitwise.
+
+    A masked adapter becomes one of rank ``active``: widths, ``layer.r`` and ``layer.lora_alpha``
+    follow, ``layer.scaling`` stays; PEFT's config is the caller's. Dtype, device and
+    ``requires_grad`` stay. A parameter whose shape does not change stays the same object; the
+    others are new, and an optimizer has to be told.
+
+    Args:
+        layer: A LoRA layer; nothing happens to a plain one.
+        adapter: Name of the adapter.
+
+    Raises:
+        TargetError: If the adapter is merged, or its tensors are sharded.
+    """
+    pair = linears(layer, adapter)
+    forms = [form_behind(linear) for linear in pair]
+    if forms == [None, None]:
+        return
+    check_unmerged(layer, adapter)
+    check_whole(adapter, raw_tensors(layer, adapter).values())
+    active = active_components(layer, adapter)
+    for linear, form in zip(pair, forms, strict=True):
+        if form is not None:
+            strip(linear, _plain_parameter(linear, form))
+    if active != pair[0].out_features:
+        _set_rank(layer, adapter, active)
+
+
+def raw_tensors(layer: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Return every learned tensor behind an adapter, and what restores its form.
+
+    Args:
+        layer: A LoRA layer.
+        adapter: Name of the adapter.
+
+    Returns:
+        The live parameters (not copies, and DTensors where they are sharded): plain ``A``, ``B``;
+        mask ``A``, ``B`` at full rank and ``active``; svd ``Q``, ``P``, ``lam``; partition ``A``,
+        ``B_d``, ``B_s`` and ``dominant``. With ``bias`` where ``lora_B`` has one.
+    """
+    a, b = linears(layer, adapter)
+    form = form_behind(b)
+    tensors: dict[str, Tensor] = {}
+    if form is None:
+        tensors |= {"A": a.weight, "B": b.weight}
+    else:
+        behind = learned_tensors(b)
+        if isinstance(form, ComponentMask):
+            tensors |= {"A": learned_tensors(a)["original"], "B": behind["original"]}
+            tensors["active"] = torch.tensor(form.active)
+        elif isinstance(form, Singular):
+            tensors |= {"Q": a.weight, "P": behind["original"], "lam": behind["0.lam"]}
+        elif isinstance(form, Partition):
+            tensors |= {"A": a.weight, "B_d": behind["original0"], "B_s": behind["original1"]}
+            tensors["dominant"] = form.dominant
+    if b.bias is not None:
+        tensors["bias"] = b.bias
+    return tensors
+
+
+def load_raw_tensors(layer: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`raw_tensors` gave, in place and exactly.
+
+    Args:
+        layer: A LoRA layer with the same form and the same shapes.
+        adapter: Name of the adapter.
+        tensors: Whole tensors; they are sharded here where the layer's are DTensors.
+
+    Raises:
+        OptionError: If names, shapes or dtypes differ; nothing is changed then.
+    """
+    present = raw_tensors(layer, adapter)
+    if set(present) != set(tensors):
+        raise OptionError(
+            f"adapter '{adapter}' has form '{form_of(layer, adapter)}' with tensors "
+            f"{sorted(present)}, and {sorted(tensors)} were given. Attach the form that they were "
+            "saved from first."
+        )
+    for name, mine in present.items():
+        same_shape(tensors[name], mine)
+        if tensors[name].dtype != mine.dtype:
+            raise OptionError(
+                f"tensor '{name}' is {tensors[name].dtype} and the layer's is {mine.dtype}; "
+                "copying would round. Load the model in the dtype it was trained in."
+            )
+    form = form_behind(linears(layer, adapter)[1])
+    if isinstance(form, Partition):
+        same_shape(tensors["dominant"].nonzero(), form.dominant.nonzero())
+        form.set_rows(tensors["dominant"].to(form.dominant.device))
+    if "active" in present:
+        set_active(layer, adapter, int(tensors["active"]))
+    with torch.no_grad():
+        for name in present.keys() - {"active", "dominant"}:
+            present[name].copy_(sharded_like(tensors[name], present[name]))
+
+
+def _plain_parameter(linear: nn.Linear, form: Form) -> nn.Parameter:
+    """The plain weight behind a form; the parameter that is there, if the shape allows it."""
+    weight = baked_weight(linear, form)
+    learned = learned_tensors(linear)
+    present = next(iter(learned.values()))
+    if "original" in learned and present.shape == weight.shape:
+        with torch.no_grad():
+            present.copy_(weight)
+        return present
+    return nn.Parameter(weight, requires_grad=present.requires_grad)
+
+
+def _set_rank(layer: Any, adapter: str, rank: int) -> None:
+    ratio = rank / layer.r[adapter]
+    # So that alpha / r, from which PEFT resets a scale, stays the scale that is in use.
+    alpha = layer.lora_alpha[adapter] * (ratio**0.5 if layer.use_rslora.get(adapter) else ratio)
+    layer.lora_alpha[adapter] = int(alpha) if float(alpha).is_integer() else alpha
+    layer.r[adapter] = rank
+    layer.lora_A[adapter].out_features = rank
+    layer.lora_B[adapter].in_features = rank

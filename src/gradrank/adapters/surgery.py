@@ -1,0 +1,165 @@
+"""Surgery on live LoRA layers: ranks change for real, with the optimizer, all or nothing."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradrank.adapters.baking import gathered
+from gradrank.adapters.edits import Drop, Edit, Grow, Shrink
+from gradrank.adapters.guard import check
+from gradrank.adapters.optimizers import inner_optimizer
+from gradrank.adapters.swap import FixedShape, Incision, Replace, Rollback
+from gradrank.adapters.view import (
+    LoraSite,
+    adapter_name,
+    lora_sites,
+    name_targets,
+    sync_config,
+    unsupported,
+)
+from gradrank.ops.lowrank import fresh_rows, strongest, truncate
+from gradrank.ops.moments import Carry
+from gradrank.ops.sketch import seed_of
+
+
+@dataclass(frozen=True, slots=True)
+class EditReport:
+    """What surgery did.
+
+    Attributes:
+        ranks: Per edited target its rank before and after.
+        parameters: Adapter parameters in use before and after, of the whole model.
+        moved: Parameters given to targets that grew.
+        reset: Targets whose optimizer state could not be carried and starts afresh.
+    """
+
+    ranks: Mapping[str, tuple[int, int]]
+    parameters: tuple[int, int]
+    moved: int
+    reset: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def edit(
+    model: nn.Module,
+    edits: Mapping[str, Edit],
+    optimizer: Any = None,
+    *,
+    adapter: str | None = None,
+    seed: int = 0,
+) -> EditReport:
+    """Change the ranks of live LoRA layers, together with their optimizer's state.
+
+    Growth leaves the function as it is; shrinking keeps what the edit says. The optimizer's
+    moments follow: sliced or rotated with the components that stay, and for new components set
+    so that their first step is no larger than the others'. PEFT's configuration is kept in step.
+    Edits that shrink are made before those that grow. Gradients of edited factors are cleared, so
+    call it after ``optimizer.step()``.
+
+    Args:
+        model: The PEFT model, possibly wrapped for several processes.
+        edits: :class:`Shrink`, :class:`Grow` or :class:`Drop` by target name.
+        optimizer: The optimizer that holds the factors; None if there is none.
+        adapter: Name of the adapter, if several are active.
+        seed: Seed of random new rows.
+
+    Returns:
+        What was done.
+
+    Raises:
+        SurgeryError: If any edit is refused, with all reasons; or what went wrong on the way, in
+            which case model and optimizer are as they were.
+
+    Source:
+        GARD, section 3.4.
+    """
+    adapter = adapter_name(model, adapter)
+    sites = lora_sites(model, adapter)
+    check(sites, edits, optimizer, unsupported(model, adapter))
+    before = {name: site.rank for name, site in sites.items()}
+    used = parameters_in_use(sites)
+    wanted = {name: e for name, e in edits.items() if getattr(e, "rank", 0) != before[name]}
+    ordered = sorted(wanted, key=lambda name: isinstance(wanted[name], Grow))
+    incisions = [_plan(sites[name], wanted[name], seed_of(seed, "grow", name)) for name in ordered]
+    dropped = {name: e for name, e in wanted.items() if isinstance(e, Drop)}
+    reset: list[str] = []
+    inner = inner_optimizer(optimizer)
+    with Rollback() as rollback:
+        rollback.remember_config(model, adapter)
+        replace, fixed = Replace(rollback, model, inner), FixedShape(rollback, inner)
+        for incision in incisions:
+            known = (fixed if incision.site.masked else replace).apply(incision)
+            reset += [] if known else [incision.site.name]
+        sync_config(model, adapter)
+        name_targets(model, adapter, dropped)
+    if reset:
+        warnings.warn(
+            f"the optimizer state of {len(reset)} target(s) ('{reset[0]}', ...) has a layout that "
+            f"gradrank does not know ({type(optimizer).__name__}); it starts afresh there.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    after = {i.site.name: i.rank for i in incisions}
+    costs = {name: _cost(sites[name]) for name in after}
+    return EditReport(
+        {name: (before[name], after.get(name, before[name])) for name in edits},
+        (used, parameters_in_use(lora_sites(model, adapter))),
+        sum(max(rank - before[name], 0) * costs[name] for name, rank in after.items()),
+        tuple(reset),
+    )
+
+
+def parameters_in_use(sites: Mapping[str, LoraSite]) -> int:
+    """Return the adapter parameters in use; masked components are not.
+
+    Args:
+        sites: Live LoRA layers.
+
+    Returns:
+        The number of parameters.
+    """
+    return sum(site.rank * _cost(site) for site in sites.values())
+
+
+def _cost(site: LoraSite) -> int:
+    return int(site.raw("A").shape[1] + site.raw("B").shape[0])
+
+
+def _plan(site: LoraSite, edit: Edit, seed: int) -> Incision:
+    """Work out new factors without touching the layer."""
+    if isinstance(edit, Drop):
+        return Incision(site, 0)
+    rank = site.rank
+    A, B = gathered(site.raw("A"))[:rank], gathered(site.raw("B"))[:, :rank]
+    if isinstance(edit, Grow):
+        count = edit.rank - rank
+        rows = fresh_rows(A, count, seed, edit.sketch).to(A.dtype)
+        columns = B.new_zeros(B.shape[0], count)
+        carry = Carry.select(range(rank), fresh=count)
+        return Incision(
+            site,
+            edit.rank,
+            {"A": torch.cat([A, rows]), "B": torch.cat([B, columns], 1)},
+            {"A": carry, "B": carry},
+        )
+    return _shrunk(site, edit, A, B)
+
+
+def _shrunk(site: LoraSite, edit: Shrink, A: Tensor, B: Tensor) -> Incision:
+    if edit.by == "norm":
+        kept = strongest(A, B, edit.rank)
+        carry = Carry.select(kept)
+        index = torch.tensor(kept, device=A.device)
+        kept_factors = {"A": A.index_select(0, index), "B": B.index_select(1, index)}
+        return Incision(site, edit.rank, kept_factors, {"A": carry, "B": carry})
+    cut = truncate(A, B, edit.rank)
+    return Incision(
+        site,
+        edit.rank,
+        {"A": cut.A.to(A.dtype), "B": cut.B.to(B.dtype)},
+        {"A": Carry.rotate(cut.to_a), "B": Carry.rotate(cut.to_b)},
+    )

@@ -1,0 +1,229 @@
+"""Put new factors in place: as new parameters, or inside parameters of a fixed shape."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from gradrank.adapters.baking import gathered, sharded_like
+from gradrank.adapters.forms import set_active
+from gradrank.adapters.optimizers import OptimizerChange, carry_state
+from gradrank.adapters.view import PREFIX, LoraSite
+from gradrank.core.errors import GradrankError, SurgeryError
+from gradrank.ops.moments import Carry
+from gradrank.signals.layers import unwrapped
+
+AXIS = {"A": 0, "B": 1}
+
+
+@dataclass(frozen=True)
+class Incision:
+    """The new factors of one layer, worked out but not yet in place.
+
+    Attributes:
+        site: The layer.
+        rank: Rank after the edit; 0 for a target that is dropped.
+        values: New ``"A" [rank, d_in]`` and ``"B" [d_out, rank]``.
+        carries: Per factor, how the components of its optimizer state follow.
+    """
+
+    site: LoraSite
+    rank: int
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    carries: Mapping[str, Carry] = field(default_factory=dict)
+
+
+class Rollback:
+    """A context manager that undoes what was done inside if something fails there."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            return
+        while self._undo:
+            self._undo.pop()()
+        if isinstance(error, Exception) and not isinstance(error, GradrankError):
+            raise SurgeryError(
+                "moving capacity failed and was undone; model and optimizer are as they were: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def push(self, undo: Callable[[], object]) -> None:
+        """Remember how to undo what is about to be done.
+
+        Args:
+            undo: Called, last one first, if a later step fails.
+        """
+        self._undo.append(undo)
+
+    def remember_config(self, model: nn.Module, adapter: str) -> None:
+        """Remember PEFT's configuration of an adapter.
+
+        Args:
+            model: The PEFT model.
+            adapter: Name of the adapter.
+        """
+        config: Any = unwrapped(model).peft_config[adapter]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        before = {key: copy.copy(value) for key, value in vars(config).items()}
+        self.push(lambda: vars(config).update(before))
+
+
+class Replace:
+    """Replaces parameters by ones of another shape, in the layer and in the optimizer."""
+
+    def __init__(self, rollback: Rollback, model: nn.Module, optimizer: Any) -> None:
+        self._rollback, self._model = rollback, unwrapped(model)
+        self._optimizer = optimizer
+        self._change = None if optimizer is None else OptimizerChange(optimizer)
+        if self._change is not None:
+            rollback.push(self._change.rollback)
+
+    def apply(self, incision: Incision) -> bool:
+        """Put one layer's new factors in place.
+
+        Args:
+            incision: The new factors.
+
+        Returns:
+            Whether the optimizer's state could be carried.
+        """
+        site = incision.site
+        if incision.rank == 0:
+            self._drop(site)
+            return True
+        self._remember(site)
+        known = [self._replace(site, factor, incision) for factor in "AB"]
+        site.linear("A").out_features = site.linear("B").in_features = incision.rank
+        site.layer.r[site.adapter] = incision.rank
+        return all(known)
+
+    def _replace(self, site: LoraSite, factor: str, incision: Incision) -> bool:
+        old = site.raw(factor)
+        value = incision.values[factor].to(device=old.device, dtype=old.dtype).contiguous()
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+        known = True
+        if self._change is not None:
+            state = dict(self._optimizer.state.get(old, {}))
+            carry = incision.carries[factor]
+            carried = carry_state(self._optimizer, old, state, carry, AXIS[factor])
+            known = not carried.reset
+            self._change.replace(old, new, carried.state)
+        site.linear(factor).weight = new
+        return known
+
+    def _remember(self, site: LoraSite) -> None:
+        linears = {factor: site.linear(factor) for factor in "AB"}
+        weights = {factor: linear.weight for factor, linear in linears.items()}
+        rank, alpha = site.layer.r[site.adapter], site.layer.lora_alpha[site.adapter]
+
+        def undo() -> None:
+            for factor, linear in linears.items():
+                linear.weight = weights[factor]
+            linears["A"].out_features = linears["B"].in_features = rank
+            site.layer.r[site.adapter] = rank
+            site.layer.lora_alpha[site.adapter] = alpha
+
+        self._rollback.push(undo)
+
+    def _drop(self, site: LoraSite) -> None:
+        prefix = PREFIX if hasattr(self._model, "peft_config") else ""
+        path, _, leaf = (prefix + site.name).rpartition(".")
+        parent = self._model.get_submodule(path)
+        self._rollback.push(lambda: setattr(parent, leaf, site.layer))
+        factors = [site.raw(factor) for factor in "AB"]
+        setattr(parent, leaf, site.layer.get_base_layer())
+        if self._change is not None:
+            for parameter in factors:
+                self._change.remove(parameter)
+
+
+class FixedShape:
+    """Writes new factors into the first components of parameters whose shape stays.
+
+    Under DistributedDataParallel, FSDP2 and DeepSpeed parameters cannot be replaced; components
+    that are not in use are zero in the moments and masked in the weights.
+    """
+
+    def __init__(self, rollback: Rollback, optimizer: Any) -> None:
+        self._rollback, self._optimizer = rollback, optimizer
+
+    def apply(self, incision: Incision) -> bool:
+        """Write one layer's new factors.
+
+        Args:
+            incision: The new factors.
+
+        Returns:
+            Whether the optimizer's state could be carried.
+        """
+        site, before = incision.site, incision.site.rank
+        alpha = site.layer.lora_alpha[site.adapter]
+        known = True
+        for factor in "AB":
+            raw, axis = site.raw(factor), AXIS[factor]
+            carry = _widened(incision.carries[factor], before, raw.shape[axis])
+            known &= self._carry(raw, carry, axis)
+            self._overwrite(raw, _padded(incision.values[factor], raw.shape[axis], axis))
+            raw.grad = None
+        self._rollback.push(lambda: site.layer.lora_alpha.__setitem__(site.adapter, alpha))
+        self._rollback.push(lambda: set_active(site.layer, site.adapter, before))
+        set_active(site.layer, site.adapter, incision.rank)
+        return known
+
+    def _carry(self, raw: nn.Parameter, carry: Carry, axis: int) -> bool:
+        """Carry the moments of one factor, in place; False if their layout is unknown."""
+        optimizer = self._optimizer
+        if optimizer is None or not optimizer.state.get(raw):
+            return True
+        held = optimizer.state[raw]
+        whole = {k: gathered(v) if isinstance(v, Tensor) else v for k, v in held.items()}
+        carried = carry_state(optimizer, raw, whole, carry, axis)
+        if carried.reset:
+            self._rollback.push(lambda: optimizer.state.__setitem__(raw, held))
+            del optimizer.state[raw]
+            return False
+        for key, value in carried.state.items():
+            if isinstance(value, Tensor):
+                self._overwrite(held[key], value)
+        return True
+
+    def _overwrite(self, tensor: Tensor, value: Tensor) -> None:
+        before = tensor.detach().clone()
+        self._rollback.push(lambda: _copy(tensor, before))
+        _copy(tensor, sharded_like(value.to(tensor.device, tensor.dtype), tensor))
+
+
+def _copy(tensor: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(value)
+
+
+def _widened(carry: Carry, used: int, size: int) -> Carry:
+    """The same carry for a factor of ``size`` components of which only ``used`` are in use."""
+    blank = size - carry.size
+    if carry.matrix is None:
+        return dataclasses.replace(carry, blank=blank)
+    # What is not in use has zero moments, so that any weight on it is right; zero is simplest.
+    matrix = nn.functional.pad(carry.matrix, (0, size - used))
+    return dataclasses.replace(carry, matrix=matrix, blank=blank)
+
+
+def _padded(value: Tensor, size: int, axis: int) -> Tensor:
+    shape = list(value.shape)
+    shape[axis] = size - value.shape[axis]
+    return torch.cat([value, value.new_zeros(shape)], axis)

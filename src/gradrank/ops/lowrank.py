@@ -1,0 +1,117 @@
+"""Low-rank factors ``B A``: truncation to fewer directions, and fresh directions to grow into."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """A product of fewer directions, and how gradients with respect to its factors follow.
+
+    Attributes:
+        A: ``[k, d_in]``.
+        B: ``[d_out, k]``.
+        to_a: ``[k, r]``: the gradient of the new A is ``to_a @ gradient of the old A``.
+        to_b: ``[k, r]``: that of the new B is ``gradient of the old B @ to_b.T``.
+    """
+
+    A: Tensor
+    B: Tensor
+    to_a: Tensor
+    to_b: Tensor
+
+
+def truncate(A: Tensor, B: Tensor, rank: int) -> Truncation:
+    r"""Keep the leading singular directions of ``B A``, without ever forming the product.
+
+    With the thin decompositions :math:`A^T = Q_A R_A`, :math:`B = Q_B R_B`, the singular values of
+    :math:`BA` are those of the small :math:`R_B R_A^T = U S V^T`, and the best rank-k
+    approximation is :math:`(B A V_k)(V_k^T)` with :math:`V_k = Q_A V`. The new A is
+    :math:`a V_k^T`, where a is the root mean square of the old rows' norms, so that A keeps the
+    scale that training gave it; the new B is :math:`B A V_k / a`. Where ``B A`` has fewer than k
+    directions, the rest of the new A lies in the span of the old one, with zeros in B.
+
+    The gradient follows: with :math:`G = \partial L / \partial (BA)`, that of A is
+    :math:`B^T G` and the new B is :math:`B R` for a small R, so that the new one's is
+    :math:`R^T (B^T G)`; and likewise for B.
+
+    Args:
+        A: ``[r, d_in]``.
+        B: ``[d_out, r]``.
+        rank: Directions k to keep, in ``1..r``.
+
+    Returns:
+        The truncation, in float64 (float32 on devices without it), on the factors' device.
+
+    Source:
+        Eckart and Young, Psychometrika 1936; GARD, section 3.4 (ranks that shrink).
+    """
+    dtype = torch.float32 if A.device.type == "mps" else torch.float64
+    left, right = B.to(dtype), A.to(dtype)
+    q_a, r_a = torch.linalg.qr(right.T)
+    r_b = torch.linalg.qr(left).R
+    kept = torch.linalg.svd(r_b @ r_a.T, full_matrices=False).Vh[:rank].T
+    scale = right.norm() / max(right.shape[0], 1) ** 0.5
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    directions = q_a @ kept
+    mixing = right @ directions / scale
+    # The old gradient of B sees the new A through A' = to_b A; pinv because rows may depend.
+    to_b = scale * kept.T @ torch.linalg.pinv(r_a.T)
+    return Truncation(scale * directions.T, left @ mixing, mixing.T, to_b)
+
+
+def strongest(A: Tensor, B: Tensor, rank: int) -> tuple[int, ...]:
+    r"""Return the components with the largest magnitude :math:`\|B_{:i}\| \|A_{i:}\|`.
+
+    Args:
+        A: ``[r, d_in]``.
+        B: ``[d_out, r]``.
+        rank: How many to keep.
+
+    Returns:
+        Their indices, ascending; ties go to the first.
+    """
+    size = B.detach().double().norm(dim=0) * A.detach().double().norm(dim=1)
+    order = torch.argsort(size, descending=True, stable=True)[:rank]
+    return tuple(sorted(order.tolist()))
+
+
+def fresh_rows(A: Tensor, count: int, seed: int, sketch: Tensor | None = None) -> Tensor:
+    """Return new rows for A, each with the root mean square norm of the old ones.
+
+    Args:
+        A: Rows that exist, ``[r, d_in]``.
+        count: How many rows to return.
+        seed: Seed of random rows; the global random state is neither read nor changed.
+        sketch: One-sided sketch ``[s, d_in]`` of the gradient of the weight: the rows are then
+            its leading right singular directions outside the span of A, and random ones only
+            where it has no more.
+
+    Returns:
+        ``[count, d_in]``, float32, on A's device.
+
+    Source:
+        GARD, section 3.4 (ranks that grow); Halko, Martinsson and Tropp, SIAM Review 2011, for
+        the directions of a matrix from its sketch.
+    """
+    old = A.detach().float()
+    width = old.shape[1]
+    norm = float(old.norm()) / max(old.shape[0], 1) ** 0.5 or 3**-0.5
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(count, width, generator=generator).to(old.device)
+    rows = random / random.norm(dim=1, keepdim=True)
+    if sketch is not None:
+        found = _leading(sketch.to(old.device).float(), old, count)
+        rows[: found.shape[0]] = found
+    return rows * norm
+
+
+def _leading(sketch: Tensor, old: Tensor, count: int) -> Tensor:
+    """Leading right singular directions of a sketch, outside the span of some rows."""
+    basis = torch.linalg.qr(old.T).Q
+    outside = sketch - (sketch @ basis) @ basis.T
+    _, values, directions = torch.linalg.svd(outside, full_matrices=False)
+    noise = float(sketch.norm()) * 1e-4
+    return directions[:count][values[:count] > noise]
