@@ -11,7 +11,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradrank.adapters.edits import Drop as Drop
+    from gradrank.adapters.edits import Grow as Grow
+    from gradrank.adapters.edits import Shrink as Shrink
     from gradrank.adapters.export import ExportReport as ExportReport
+    from gradrank.adapters.surgery import EditReport as EditReport
+    from gradrank.adapters.surgery import edit as edit
+    from gradrank.callback import CapacityCallback as CapacityCallback
+    from gradrank.callback import prepare_trainer as prepare_trainer
+    from gradrank.controller import Controller as Controller
+    from gradrank.controller import reserve as reserve
+    from gradrank.controller import settle as settle
     from gradrank.core.budget import Budget as Budget
     from gradrank.core.errors import BudgetError as BudgetError
     from gradrank.core.errors import DataError as DataError
@@ -20,14 +30,17 @@ if TYPE_CHECKING:
     from gradrank.core.errors import OptionError as OptionError
     from gradrank.core.errors import OutputError as OutputError
     from gradrank.core.errors import PlanError as PlanError
+    from gradrank.core.errors import SurgeryError as SurgeryError
     from gradrank.core.errors import TargetError as TargetError
     from gradrank.core.plan import Plan as Plan
     from gradrank.core.plan import PlannedTarget as PlannedTarget
     from gradrank.core.targets import Target as Target
     from gradrank.methods.depth import Depth as Depth
     from gradrank.methods.gard import Gard as Gard
+    from gradrank.methods.gard_dynamic import DynamicGard as DynamicGard
     from gradrank.methods.gradient_norm import GradientNorm as GradientNorm
     from gradrank.methods.method import Assessment as Assessment
+    from gradrank.methods.method import DynamicMethod as DynamicMethod
     from gradrank.methods.method import Method as Method
     from gradrank.methods.permuted import Permuted as Permuted
     from gradrank.methods.random_scores import RandomScores as RandomScores
@@ -46,6 +59,10 @@ if TYPE_CHECKING:
     from gradrank.signals.measurement import Measurement as Measurement
 
 _WHERE = {
+    "gradrank.adapters.edits": ("Drop", "Grow", "Shrink"),
+    "gradrank.adapters.surgery": ("EditReport", "edit"),
+    "gradrank.callback": ("CapacityCallback", "prepare_trainer"),
+    "gradrank.controller": ("Controller", "reserve", "settle"),
     "gradrank.adapters.export": ("ExportReport",),
     "gradrank.core.budget": ("Budget",),
     "gradrank.core.errors": (
@@ -56,14 +73,16 @@ _WHERE = {
         "OptionError",
         "OutputError",
         "PlanError",
+        "SurgeryError",
         "TargetError",
     ),
     "gradrank.core.plan": ("Plan", "PlannedTarget"),
     "gradrank.core.targets": ("Target",),
     "gradrank.methods.depth": ("Depth",),
     "gradrank.methods.gard": ("Gard",),
+    "gradrank.methods.gard_dynamic": ("DynamicGard",),
     "gradrank.methods.gradient_norm": ("GradientNorm",),
-    "gradrank.methods.method": ("Assessment", "Method"),
+    "gradrank.methods.method": ("Assessment", "DynamicMethod", "Method"),
     "gradrank.methods.permuted": ("Permuted",),
     "gradrank.methods.random_scores": ("RandomScores",),
     "gradrank.methods.registry": ("METHODS",),

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gradrank.core.errors import DataError, OptionError
-from gradrank.lab.checkpoints import MARKER, STATE, is_complete, last_complete
+from gradrank.core.marker import MARKER, is_complete
+from gradrank.lab.checkpoints import STATE, last_complete
 from gradrank.lab.evaluate import evaluate
 from gradrank.lab.settings import PRECISIONS, autocast_dtype, trainer_arguments
 from gradrank.lab.train import TrainSettings, count_trainable, train

@@ -8,10 +8,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradrank.ops.moments import Carry, Role, carry_centred, carry_factored, carry_tensor
+from gradrank.ops.moments import (
+    Carry,
+    Role,
+    carry_centred,
+    carry_factored,
+    carry_tensor,
+    dequantise_blocks,
+    quantise_blocks,
+)
 from oracles.moments import (
     adam_step_length,
     carried_by_loops,
+    codes_by_loops,
     factored_estimate,
     momentum_of,
     second_moment_of,
@@ -259,6 +268,52 @@ def test_factored_zeros_stay_finite() -> None:
         new, across = carry_factored(along, torch.ones(4), Carry.select([0, 1], 1), 0)
         assert torch.equal(across, torch.ones(4))
         assert not new.any()
+
+
+@given(
+    shape=st.sampled_from([(1,), (7, 3), (4, 4), (5, 5), (2, 3, 4)]),
+    block=st.sampled_from([4, 16, 256]),
+    signed=st.booleans(),
+    seed=st.integers(0, 50),
+)
+def test_blocks_get_the_nearest_codes(
+    shape: tuple[int, ...], block: int, signed: bool, seed: int
+) -> None:
+    codes = torch.linspace(-0.99 if signed else 0.0, 1.0, 256).pow(3)
+    codes[100 if signed else 0] = 0
+    codes = codes.sort().values
+    tensor = rand(*shape, seed=seed).float()
+    tensor = tensor if signed else tensor.abs()
+    tensor.view(-1)[seed % tensor.numel()] = 0
+    values, scales = quantise_blocks(tensor, codes, block)
+    assert values.dtype == torch.uint8
+    assert values.shape == tensor.shape
+    wanted, wanted_scales = codes_by_loops(tensor, codes, block)
+    assert torch.equal(scales, wanted_scales)
+    found = dequantise_blocks(values, scales, codes, block)
+    best = dequantise_blocks(wanted, scales, codes, block)
+    error, least = (found - tensor).abs(), (best - tensor).abs()
+    torch.testing.assert_close(error, least, rtol=1e-5, atol=1e-7)
+    assert found.view(-1)[seed % tensor.numel()] == 0, "zero stays zero"
+    twin = dequantise_blocks(wanted, scales.flip(0) * 1.5, codes, block)
+    assert not tensor.any() or not torch.allclose(twin, best)
+
+
+def test_blocks_agree_with_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    for signed in (True, False):
+        codes = functional.create_dynamic_map(signed=signed)
+        tensor = rand(20, 33).float() if signed else rand(20, 33).float().abs()
+        tensor[3:15] = 0
+        theirs, quantised = functional.quantize_blockwise(tensor, code=codes, blocksize=256)
+        decoded = functional.dequantize_blockwise(
+            theirs, absmax=quantised.absmax, code=codes, blocksize=256
+        )
+        assert torch.equal(dequantise_blocks(theirs, quantised.absmax, codes, 256), decoded)
+        ours, scales = quantise_blocks(tensor, codes, 256)
+        assert torch.equal(scales, quantised.absmax)
+        error = (dequantise_blocks(ours, scales, codes, 256) - tensor).abs()
+        assert (error <= (decoded - tensor).abs() + 1e-6).all(), "theirs is never nearer"
 
 
 @given(gradient=st.floats(0.01, 10.0), step=st.sampled_from([2, 10, 100, 10_000]))

@@ -71,3 +71,16 @@ def adam_step_length(
     first = betas[0] * first + (1 - betas[0]) * gradient
     second = betas[1] * second + (1 - betas[1]) * gradient**2
     return -(first / (1 - betas[0] ** step)) / math.sqrt(second / (1 - betas[1] ** step))
+
+
+def codes_by_loops(tensor: Tensor, codes: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The nearest code of each element, tried one after the other, and each block's scale."""
+    flat = tensor.flatten()
+    values, scales = torch.zeros(flat.shape, dtype=torch.uint8), []
+    for start in range(0, len(flat), block):
+        chunk = flat[start : start + block]
+        scales.append(float(chunk.abs().max()))
+        for i, value in enumerate(chunk):
+            scaled = float(value) / scales[-1] if scales[-1] else 0.0
+            values[start + i] = min(range(len(codes)), key=lambda c: abs(float(codes[c]) - scaled))
+    return values.view(tensor.shape), torch.tensor(scales)

@@ -120,12 +120,17 @@ def sharded_like(tensor: Tensor, present: Tensor) -> Tensor:
 
 
 def _read_weight(linear: Any) -> Tensor:
-    return linear.parametrizations["weight"]()
+    behind = _behind(linear)
+    if any(isinstance(tensor, DTensor) for tensor in behind._parameters.values()):
+        # FSDP2 outside of the forward pass, where torch's checkpointing reads every attribute.
+        whole = {name: gathered(tensor) for name, tensor in learned_tensors(linear).items()}
+        return behind[0].compose(**whole)
+    return behind()
 
 
 def _write_weight(linear: Any, value: Tensor) -> None:
     same_shape(value, linear.weight)
-    linear.parametrizations["weight"].right_inverse(value)
+    _behind(linear).right_inverse(value)
 
 
 def baked_weight(linear: nn.Module, form: Form) -> Tensor:

@@ -301,8 +301,10 @@ def load_raw_tensors(layer: nn.Module, adapter: str, tensors: Mapping[str, Tenso
     if "active" in present:
         set_active(layer, adapter, int(tensors["active"]))
     with torch.no_grad():
-        for name in present.keys() - {"active", "dominant"}:
-            present[name].copy_(sharded_like(tensors[name], present[name]))
+        # In one order in all processes: sharding is a collective.
+        for name, mine in present.items():
+            if name not in {"active", "dominant"}:
+                mine.copy_(sharded_like(tensors[name], mine))
 
 
 def _plain_parameter(linear: nn.Linear, form: Form) -> nn.Parameter:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from gradrank.core.errors import TargetError
-from gradrank.ops.moments import Carry, Role, carry_centred, carry_factored, carry_tensor
+from gradrank.ops.moments import (
+    Carry,
+    Role,
+    carry_centred,
+    carry_factored,
+    carry_tensor,
+    dequantise_blocks,
+    quantise_blocks,
+)
 
 # What a key holds, wherever it has the parameter's shape. The names are those of torch and of
 # nearly every optimizer written for it; any other key resets the state.
@@ -329,24 +337,16 @@ def _dequantised(state: Mapping[str, Any], slot: int, dims: int) -> Tensor:
     values = state[f"state{slot}"]
     if values.dtype != torch.uint8:
         return values
-    from bitsandbytes import functional
-
     absmax, qmap = state[f"absmax{slot}"], state[f"qmap{slot}"]
-    pairs = zip(values, absmax, strict=True) if values.dim() > dims else [(values, absmax)]
-    found = [
-        functional.dequantize_blockwise(v, absmax=a, code=qmap, blocksize=_BLOCK) for v, a in pairs
-    ]
-    return torch.stack(found) if values.dim() > dims else found[0]
+    if values.dim() == dims:
+        return dequantise_blocks(values, absmax, qmap, _BLOCK)
+    pairs = zip(values, absmax, strict=True)
+    return torch.stack([dequantise_blocks(v, a, qmap, _BLOCK) for v, a in pairs])
 
 
 def _quantised(moved: Tensor, slot: int, qmap: Tensor, lead: int) -> dict[str, Tensor]:
-    from bitsandbytes import functional
-
-    found = [
-        functional.quantize_blockwise(m.contiguous(), code=qmap, blocksize=_BLOCK)
-        for m in (moved if lead else [moved])
-    ]
-    values, scales = [v for v, _ in found], [q.absmax for _, q in found]
+    found = [quantise_blocks(m, qmap, _BLOCK) for m in (moved if lead else [moved])]
+    values, scales = zip(*found, strict=True)
     return {
         f"state{slot}": torch.stack(values) if lead else values[0],
         f"absmax{slot}": torch.stack(scales) if lead else scales[0],

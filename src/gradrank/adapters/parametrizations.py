@@ -4,7 +4,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from gradrank.core.errors import OptionError
 
@@ -153,22 +152,28 @@ class Partition(Form):
 
     kind = "partition"
     dominant: Tensor
-    order: Tensor
+    upper: Tensor
+    lower: Tensor
 
     def __init__(self, dominant: Tensor, rank: int, supplementary_rank: int) -> None:
         super().__init__()
         self.rank = rank
         self.supplementary_rank = supplementary_rank
         self.register_buffer("dominant", dominant.clone(), persistent=False)
-        self.register_buffer("order", _places(dominant), persistent=False)
+        self.register_buffer("upper", dominant.nonzero().flatten(), persistent=False)
+        self.register_buffer("lower", (~dominant).nonzero().flatten(), persistent=False)
 
     def forward(self, dominant: Tensor, supplementary: Tensor) -> Tensor:
         """Return the expanded B from its two blocks."""
+        rows = self.dominant.numel()
+        left = dominant.new_zeros(rows, self.rank)
+        right = supplementary.new_zeros(rows, self.supplementary_rank)
+        # Copies by row, because their gradient is a gather; that of a gather adds row by row.
         blocks = [
-            pad(dominant, (0, self.supplementary_rank)),
-            pad(supplementary, (self.rank, 0)),
+            left.index_copy(0, self.upper, dominant),
+            right.index_copy(0, self.lower, supplementary),
         ]
-        return torch.cat(blocks).index_select(0, self.order)
+        return torch.cat(blocks, dim=1)
 
     def compose(self, **learned: Tensor) -> Tensor:
         """Return the weight as the layer uses it."""
@@ -177,7 +182,8 @@ class Partition(Form):
     def set_rows(self, dominant: Tensor) -> None:
         """Change which rows are dominant, in place; their number stays."""
         self.dominant.copy_(dominant)
-        self.order.copy_(_places(dominant))
+        self.upper.copy_(dominant.nonzero().flatten())
+        self.lower.copy_((~dominant).nonzero().flatten())
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the blocks ``[|M|, r]`` and ``[d_out - |M|, r']`` of a whole B.
@@ -249,8 +255,3 @@ def same_shape(value: Tensor, present: Tensor) -> None:
             f"the given tensor is {list(value.shape)} and the layer's {list(present.shape)}. "
             "Resize the layer to the ranks it was saved with first."
         )
-
-
-def _places(dominant: Tensor) -> Tensor:
-    """Where each row of B stands in the stack of dominant rows above the others, ``[d_out]``."""
-    return torch.argsort(torch.argsort((~dominant).to(torch.int8), stable=True))

@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 
+from gradrank.callback import CapacityCallback
 from gradrank.cli import runfile
 from gradrank.cli.console import Console
 from gradrank.cli.exits import RunFailedError
 from gradrank.cli.prepare import Prepared
 from gradrank.cli.settings import Settings
+from gradrank.core.budget import Budget
 from gradrank.core.files import new_folder
 from gradrank.core.plan import Plan
 from gradrank.lab.train import TrainOutcome, TrainSettings, train
+from gradrank.methods.registry import METHODS, create
 from gradrank.record import RunRecord
 from gradrank.report import write as write_report
 from gradrank.session import ExportReport, apply, export
@@ -90,6 +93,7 @@ def carry_out(
         The record (written, whatever the outcome), the outcome, and the export if it finished.
     """
     created = now()
+    capacity = moving(plan, settings)
     torch.manual_seed(settings.seed)
     model = apply(plan, prepared.loaded.model, settings.lora_alpha or 16, **_head(prepared))
     with console.progress(label) as tell:
@@ -101,6 +105,7 @@ def carry_out(
             on_progress=lambda step, steps, loss, _left: tell(step, steps, f"loss {loss:.3f}"),
             resume=resume,
             say=console.say,
+            capacity=capacity,
         )
     exported = None
     if outcome.status == "finished":
@@ -113,6 +118,26 @@ def carry_out(
     if outcome.status == "finished" and not settings.checkpoint_every:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return Result(record, outcome, exported)
+
+
+def moving(plan: Plan, settings: Settings) -> CapacityCallback | None:
+    """Return what moves capacity while training, if the plan's method does.
+
+    Args:
+        plan: The plan, whose ranks are those of the start.
+        settings: How to train.
+
+    Returns:
+        The callback; None for a static method.
+    """
+    if plan.method not in METHODS or not hasattr(METHODS[plan.method], "course"):
+        return None
+    method = create(plan.method, plan.options)
+    targets = [planned.target for planned in plan.targets]
+    course = method.course(targets, plan.budget_parameters, train_settings(settings).steps)
+    course.schedule.check(f"method '{plan.method}'")
+    budget = Budget.parameters(plan.budget_parameters)
+    return CapacityCallback(method, budget, seed=settings.seed)
 
 
 def _export(model: Any, prepared: Prepared, folder: Path, overwrite: bool) -> ExportReport:
@@ -197,9 +222,13 @@ def make_record(
         "tokens": outcome.tokens,
         "peak_memory_bytes": outcome.peak_memory_bytes,
     }
+    record.decisions = outcome.decisions
+    if outcome.ranks_over_time:
+        record.ranks_over_time = outcome.ranks_over_time
+    used = [outcome.adapter_parameters, *(d["parameters"] for d in outcome.decisions)]
     record.trainable_parameters = {
-        "peak": outcome.adapter_parameters,
-        "final": outcome.adapter_parameters,
+        "peak": max(used),
+        "final": used[-1],
         "other": outcome.other_parameters,
     }
     return record

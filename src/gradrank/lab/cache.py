@@ -16,8 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from gradrank.core.errors import DataError, GradrankError, OutputError
-from gradrank.core.files import read_json, write_json
-from gradrank.lab.download import sha256_of
+from gradrank.core.files import read_json, sha256_of, write_json
 
 SCHEMA = "gradrank.asset/1"
 MANIFEST = "manifest.json"

@@ -1,18 +1,13 @@
-"""Checkpoints that are known to be whole: a marker with checksums is written last.
-
-The Trainer writes many files one after another; a process that dies in between leaves a folder
-that looks like a checkpoint. Only a folder whose marker matches every file is resumed from.
-"""
+"""Checkpoints of training runs: what a resumption needs, sealed when they are whole."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gradrank.core import marker
 from gradrank.core.errors import DataError, OptionError
 from gradrank.core.files import read_json, write_json
-from gradrank.lab.download import sha256_of
 
-MARKER = "complete.json"
 STATE = "gradrank_state.json"
 # A pickle of the Trainer's arguments, with local paths in it; nothing needs it to resume.
 _UNWANTED = ("training_args.bin",)
@@ -28,39 +23,11 @@ def seal(folder: Path, state: Mapping[str, Any]) -> None:
     for name in _UNWANTED:
         (folder / name).unlink(missing_ok=True)
     write_json(folder / STATE, dict(state))
-    files = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": sha256_of(path),
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MARKER
-    }
-    write_json(folder / MARKER, {"files": files})
-
-
-def is_complete(folder: Path) -> bool:
-    """Tell whether a checkpoint is whole.
-
-    Args:
-        folder: Its folder.
-
-    Returns:
-        Whether its marker is there and matches every file it names.
-    """
-    try:
-        files = read_json(folder / MARKER, "marker")["files"]
-        return STATE in files and all(
-            (folder / name).stat().st_size == expected["bytes"]
-            and sha256_of(folder / name) == expected["sha256"]
-            for name, expected in files.items()
-        )
-    except (DataError, OSError, KeyError, TypeError, AttributeError):
-        return False
+    marker.seal(folder)
 
 
 def last_complete(folder: Path) -> Path | None:
-    """Find the newest whole checkpoint.
+    """Find the newest whole checkpoint of a training run.
 
     Args:
         folder: The folder that holds ``checkpoint-<step>`` folders.
@@ -68,13 +35,7 @@ def last_complete(folder: Path) -> Path | None:
     Returns:
         The one with the most steps, or None.
     """
-    found = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if path.is_dir() and path.name.rpartition("-")[2].isdigit()
-    ]
-    ordered = sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((path for path in ordered if is_complete(path)), None)
+    return marker.last_complete(folder, needs=STATE)
 
 
 def read_state(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Only pip talks to the network: it knows the user's mirrors, proxies and certific
 is given to pip, which compares it before it looks into the archive, and is compared again here.
 """
 
-import hashlib
 import importlib.util
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradrank.core.errors import DataError
+from gradrank.core.files import sha256_of
 
 SECONDS = 1800
 WITHOUT = "To work without it pass --model DIR (a model folder) and --data FILE (your own data)."
@@ -38,19 +38,6 @@ class Archive:
     def __str__(self) -> str:
         """Return ``package version``."""
         return f"{self.package} {self.version}"
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Hexadecimal digest.
-    """
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def require(module: str, install: str, why: str) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PrinterCallback
 
 from gradrank.adapters import apply as adapters
+from gradrank.callback import CapacityCallback, prepare_trainer
 from gradrank.core.errors import GradrankError, OptionError
 from gradrank.lab.checkpoints import check_same_adapter, last_complete, read_state
 from gradrank.lab.encode import TaskData, size_of
@@ -39,6 +40,8 @@ class TrainOutcome:
         resumed_from: Step of the checkpoint that was resumed, or None.
         adapter_parameters: Trainable parameters of the adapter.
         other_parameters: Other trainable parameters (a task head).
+        ranks_over_time: ``[step, {target: rank}]`` where ranks moved while training.
+        decisions: What was decided while training, as :class:`gradrank.RunRecord` keeps it.
     """
 
     status: str = "finished"
@@ -54,6 +57,8 @@ class TrainOutcome:
     resumed_from: int | None = None
     adapter_parameters: int = 0
     other_parameters: int = 0
+    ranks_over_time: list[Any] = field(default_factory=list)
+    decisions: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(
@@ -64,6 +69,7 @@ def train(
     on_progress: Progress | None = None,
     resume: bool = False,
     say: Callable[[str], None] | None = None,
+    capacity: CapacityCallback | None = None,
 ) -> TrainOutcome:
     """Fine-tune the trainable parameters of a model.
 
@@ -79,6 +85,7 @@ def train(
             expected seconds left.
         resume: Go on from the newest whole checkpoint, if there is one.
         say: Receives one line when something needs to be said.
+        capacity: Moves LoRA capacity while training.
 
     Returns:
         The outcome. Divergence, lack of memory, a full disk and an interruption are told in
@@ -88,7 +95,8 @@ def train(
     tell = say or (lambda _message: None)
     adapter, other = count_trainable(model)
     outcome = TrainOutcome(adapter_parameters=adapter, other_parameters=other)
-    run = _Run(model, data, settings, Path(out) / "checkpoints", outcome, on_progress)
+    folder = Path(out) / "checkpoints"
+    run = _Run(model, data, settings, folder, outcome, on_progress, capacity)
     checkpoint = run.find_checkpoint(tell) if resume else None
     device = next(model.parameters()).device
     memory = PeakMemory(device)
@@ -136,7 +144,9 @@ class _Run:
         folder: Path,
         outcome: TrainOutcome,
         on_progress: Progress | None,
+        capacity: CapacityCallback | None,
     ) -> None:
+        self.capacity = capacity
         self.model, self.data, self.settings = model, data, settings
         self.folder, self.outcome = folder, outcome
         self.device = next(model.parameters()).device
@@ -152,7 +162,8 @@ class _Run:
             tell("no whole checkpoint to resume from; starting at step 0")
             return None
         state = read_state(checkpoint, self.settings.binding())
-        check_same_adapter(self.model, checkpoint)
+        if self.capacity is None:
+            check_same_adapter(self.model, checkpoint)
         self.steps.restore(state)
         self.outcome.resumed_from = self.steps.done
         tell(f"resuming at step {self.steps.done} of {self.settings.steps}")
@@ -168,7 +179,7 @@ class _Run:
             ),
             train_dataset=self.data.train,
             data_collator=self.data.collate,
-            callbacks=[self.steps],
+            callbacks=[*([self.capacity] if self.capacity else []), self.steps],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.steps = self.steps
@@ -176,6 +187,8 @@ class _Run:
         # the whole step; classification losses are not, and accumulation would multiply them
         # (transformers 5.23). Micro-batches are of one size here, so a mean of means is exact.
         trainer.model_accepts_loss_kwargs = False
+        if self.capacity is not None:
+            prepare_trainer(trainer)
         self.steps.begin()
         if checkpoint is not None and self.steps.done >= self.settings.steps:
             trainer.load(checkpoint)  # the Trainer would take one more step
@@ -203,6 +216,10 @@ class _Run:
         )
         outcome.train_seconds, outcome.eval_seconds = steps.train_seconds(), steps.eval_seconds
         outcome.tokens = steps.tokens
+        if self.capacity is not None:
+            outcome.ranks_over_time = self.capacity.ranks_over_time
+            outcome.decisions = self.capacity.decisions
+            self.capacity.close()
 
     def how_to_resume(self) -> str:
         """Return the message of an interrupted run."""

@@ -86,7 +86,7 @@ def effective_courses(run: Run, layout: Layout, suffix: str = "") -> Figure | No
         for row, course in list(window.items())[:MAX_PANELS]
     }
     top = max(max(c["high"]) for courses in data.values() for c in courses.values())
-    span = (min(c["window"]["steps"][0] for c in data.values()), kept[-1].step)
+    span = (0, max(shown_end(run), kept[-1].step))
     dense = len(kept) > 40
 
     def draw(ax: Axes, title: str) -> None:
@@ -95,7 +95,7 @@ def effective_courses(run: Run, layout: Layout, suffix: str = "") -> Figure | No
         ax.fill_between(steps, course["low"], course["high"], color=_BAND, lw=0)
         if len(steps) == 1:
             ax.vlines(steps, course["low"], course["high"], color=_BAND, linewidth=9)
-        style = {"color": _MEAN, "linewidth": 2, "marker": None if dense else "o"}
+        style = {"color": _MEAN, "linewidth": 1.2 if dense else 2, "marker": None if dense else "o"}
         ax.plot(steps, course["mean"], markersize=4, **style)
         if "smoothed" in data[title]:
             other = data[title]["smoothed"]
@@ -147,6 +147,7 @@ def _courses(
 def _frame(ax: Axes, span: tuple[float, float], top: float) -> None:
     low, high = span
     margin = 0.03 * (high - low) or 1.0
+    # Every course is drawn on the same stretch of steps, whenever its first decision was.
     ax.set_xlim(low - margin, high + margin)
     ax.set_ylim(0, 1.08 * max(top, 1.0))
     whole_ticks(ax, "x", 4)
@@ -172,6 +173,11 @@ def _effective_headline(points: Sequence[tuple[int, Mapping[str, float]]]) -> st
     (first, before), (last, after) = known[0], known[-1]
     if first == last:
         return f"The mean over all targets is {number(before, 3)} at step {count(first)}."
+    if number(before, 3) == number(after, 3):
+        return (
+            f"The mean over all targets is {number(before, 3)} at step {count(first)} and at step "
+            f"{count(last)}."
+        )
     return (
         f"The mean over all targets went from {number(before, 3)} at step {count(first)} to "
         f"{number(after, 3)} at step {count(last)}."

@@ -76,16 +76,17 @@ def moved_bars(run: Run, suffix: str = "") -> Figure | None:
         suffix: Ends the figure's name when a page shows several histories.
 
     Returns:
-        The figure, or None if neither is known. ``data``: ``moved`` and ``changed``, lists of
-        ``[step, number]``.
+        The figure, or None if nothing is known to have moved. ``data``: ``moved`` and
+        ``changed``, lists of ``[step, number]``.
     """
     events = run.history.events if run.history else ()
     moved = [[event.step, event.moved] for event in events if event.moved is not None]
     changed = [[event.step, event.changed] for event in events if event.changed is not None]
-    if not moved and not changed:
+    if not any(value for _, value in [*moved, *changed]):
         return None
     steps = [event.step for event in events]
-    gap = min((b - a for a, b in pairwise(steps)), default=max(1.0, steps[0] / 2))
+    end = max(shown_end(run), steps[-1])
+    gap = min((b - a for a, b in pairwise(steps)), default=max(1.0, 0.1 * end))
     drawn, (upper, lower) = _two_panels((140, 140), 0)
     for ax, bars, label, colour in (
         (upper, moved, "parameters moved", _USED),
@@ -100,7 +101,7 @@ def moved_bars(run: Run, suffix: str = "") -> Figure | None:
         ax.yaxis.set_major_formatter(lambda value, _: count(value))
         if not bars:
             ax.text(0.5, 0.5, "not known", transform=ax.transAxes, ha="center", color="#555555")
-    _axis(lower, (steps[0] - gap, steps[-1] + gap))
+    _axis(lower, (min(0.0, steps[0] - gap / 2), max(end, steps[-1] + gap / 2)))
     _same_axis(upper, lower)
     caption = (
         "One bar per decision. Above: parameters given to targets that grew. Below: targets whose "
@@ -154,8 +155,6 @@ def _moved_headline(events: Sequence[Event]) -> str:
     moving = [event for event in known if event.moved]
     if not moving:
         told = [event for event in events if event.changed]
-        if not told:
-            return "No decision changed a rank."
         most = max(told, key=lambda event: event.changed or 0)
         who = plural(most.changed or 0, "target")
         return f"The largest decision, at step {count(most.step)}, changed {who}."

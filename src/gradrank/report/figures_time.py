@@ -44,13 +44,14 @@ def rank_map(run: Run, layout: Layout, suffix: str = "") -> Figure | None:
         return None
     rows = lanes(history.targets, layout)
     kept = [history.ranks[i] for i in evenly(len(history.ranks), most_columns(len(rows)))]
-    end = max(shown_end(run), kept[-1][0] + 1)
+    # Ranks that changed at the very end are still seen: a fiftieth of the run is added.
+    end = max(shown_end(run), kept[-1][0] + max(1, kept[-1][0] // 50))
     edges = [*(float(step) for step, _ in kept), float(end)]
     values = {row.name: [float(ranks.get(row.name, 0)) for _, ranks in kept] for row in rows}
     highest = max((max(cells) for cells in values.values()), default=0)
-    drawn, data = time_map(rows, edges, values, Scale(1, max(highest, 2), "rank"))
+    drawn, data = time_map(rows, edges, values, Scale(1, max(highest, 2), "rank"), (0, end))
     caption = _reading("brighter is a higher rank, light grey is rank 0: no adapter there")
-    caption += _thinned(len(kept), len(history.ranks), "changes of ranks")
+    caption += _thinned(len(kept), len(history.ranks), "recorded allocations")
     caption += _left_out(len(history.targets))
     title = "Rank of every target over time"
     return finish(drawn, f"ranks-over-time{suffix}", title, caption, data, _rank_headline(history))
@@ -82,7 +83,9 @@ def energy_map(run: Run, layout: Layout, suffix: str = "") -> Figure | None:
     if not found:
         return None
     scale = Scale(min(found), max(found), "gradient energy", "cividis", log=True, numbers=False)
-    drawn, data = time_map(rows, _halfway([d.step for d in kept]), values, scale)
+    drawn, data = time_map(
+        rows, _halfway([d.step for d in kept]), values, scale, (0, shown_end(run))
+    )
     caption = _reading(
         "brighter is more energy, the mean squared gradient norm of a measuring window "
         "(logarithmic; empty: no gradient)"
@@ -113,24 +116,32 @@ def _rank_headline(history: History) -> str:
 
 
 def _energy_headline(known: Sequence[Decision]) -> str:
-    last = [value for value in known[-1].energy.values() if value > 0]
-    ratio = max(last) / min(last)
-    spread = number(ratio, 2) if ratio < 100 or ratio >= 1e6 else count(round(ratio, -1))
-    text = (
-        f"At step {count(known[-1].step)} the strongest target has {spread} times the energy of "
-        "the weakest"
-    )
-    both = known[0].energy.keys() & known[-1].energy.keys()
-    first, after = (
-        math.fsum(max(d.energy[n], 0.0) for n in sorted(both)) for d in (known[0], known[-1])
-    )
-    if len(known) < 2 or not first or not after:
-        return f"{text}."
-    change = after / first - 1
-    way = "rose" if change > 0 else "fell"
-    how = percent(abs(change)) if change < 9 else f"to {count(after / first)} times its value"
-    by = f"by {how}" if change < 9 else how
-    return f"Over all targets energy {way} {by} from step {count(known[0].step)} on. {text}."
+    start, end = known[0], known[-1]
+    last = [value for value in end.energy.values() if value > 0]
+    spread = ""
+    if len(last) > 1:
+        ratio = max(last) / min(last)
+        text = number(ratio, 2) if ratio < 100 or ratio >= 1e6 else count(round(ratio, -1))
+        spread = (
+            f"At step {count(end.step)} the strongest target has {text} times the energy of the "
+            "weakest."
+        )
+    both = sorted(start.energy.keys() & end.energy.keys())
+    before, after = (math.fsum(max(d.energy[n], 0.0) for n in both) for d in (start, end))
+    if len(known) < 2 or not before or not after:
+        return spread
+    return f"{_course(after / before, start.step)} {spread}".rstrip()
+
+
+def _course(ratio: float, step: int) -> str:
+    """Say how the energy of all targets together changed."""
+    since = f"from step {count(step)} on"
+    if abs(ratio - 1) < 0.005:
+        return f"Over all targets energy stayed the same {since}."
+    if ratio >= 10:
+        return f"Over all targets energy rose {count(ratio)} times {since}."
+    verb = "rose" if ratio > 1 else "fell"
+    return f"Over all targets energy {verb} by {percent(abs(ratio - 1))} {since}."
 
 
 def _log(value: float | None) -> float | None:

@@ -121,7 +121,7 @@ def headline(run: Run, layout: Layout) -> str:
     if not moved.moving:
         return _nothing(history, moved)
     first, last = moved.moving[0], moved.moving[-1]
-    when = f"At step {count(first)}"
+    when = f"At step {count(first)},"
     if first < last:
         when = f"Between steps {count(first)} and {count(last)},"
     rest = f" {_decisions(moved)}"

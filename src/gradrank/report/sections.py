@@ -103,7 +103,7 @@ def _measured(material: Material) -> Section:
     if not material.measurements:
         text = "These records hold no measurement, so there are no spectra to show."
         if any(run.history and run.history.measured for run in material.runs):
-            text = "Only windows during training were measured; they are drawn under 'How capacity moved'."
+            text = "Nothing was measured before training, only during it: see how capacity moved."
         blocks.append(Paragraph(text))
     for i, measured in enumerate(material.measurements):
         suffix = f"-{i + 1}" if i else ""

@@ -111,6 +111,7 @@ def time_map(
     edges: Sequence[float],
     values: Mapping[str, Sequence[float | None]],
     scale: Scale,
+    span: tuple[float, float],
 ) -> tuple[Canvas, dict[str, Any]]:
     """Draw one row per target and one column per stretch of steps.
 
@@ -119,6 +120,7 @@ def time_map(
         edges: Steps at which columns begin, and the end of the last.
         values: Per target one value per column; None leaves a cell empty.
         scale: The colours.
+        span: First and last step of the axis; columns outside widen it.
 
     Returns:
         The canvas and what was drawn: ``targets``, ``edges`` and ``cells`` (row by row).
@@ -129,7 +131,7 @@ def time_map(
     drawn = canvas(WIDTH, height)
     box = (left / WIDTH, _FOOT / height, (WIDTH - left - _RIGHT) / WIDTH, tall / height)
     ax = drawn.add_axes(box)
-    ax.set_xlim(edges[0], edges[-1])
+    ax.set_xlim(min(span[0], edges[0]), max(span[1], edges[-1]))
     ax.set_ylim(tall, 0)
     ax.grid(False)
     ax.spines[["left", "bottom"]].set_visible(False)
@@ -164,6 +166,7 @@ def _cells(
         for start, stop, level in _stretches([_level(v, scale) for v in values[row.name]]):
             found.setdefault(level, []).append((edges[start], edges[stop], row))
     colours = colour_map(scale.colours)
+    seam = min(0.8, 0.25 * (rows[0].bottom - rows[0].top))
     for level, boxes in sorted(found.items()):
         corners = [
             ((a, row.top), (b, row.top), (b, row.bottom), (a, row.bottom), (a, row.top))
@@ -172,7 +175,8 @@ def _cells(
         path = Path(np.array(corners).reshape(-1, 2), np.tile(_RECTANGLE, len(corners)))
         colour = colours(norm(level))
         # The edge closes the hairlines that renderers leave between neighbours.
-        patch = PathPatch(path, facecolor=colour, edgecolor=colour, linewidth=0.3, clip_on=False)
+        style = {"facecolor": colour, "edgecolor": colour, "linewidth": seam}
+        patch = PathPatch(path, clip_on=False, **style)
         ax.add_patch(patch)
 
 

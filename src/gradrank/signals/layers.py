@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -107,6 +108,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Tell whether a model or a part of it runs through torch.compile.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Whether hooks that are set later may go unseen.
+    """
+    modules: list[Any] = list(model.modules())
+    return any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+        for m in modules
+    )
 
 
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

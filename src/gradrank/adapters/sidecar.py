@@ -1,0 +1,130 @@
+"""The sidecar: everything a checkpoint must hold beside the adapter, in one safetensors file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gradrank.adapters.baking import gathered
+from gradrank.adapters.forms import load_raw_tensors, raw_tensors
+from gradrank.adapters.view import PREFIX, lora_sites
+from gradrank.core.errors import DataError
+from gradrank.core.files import write_atomic
+
+FILE = "gradrank_capacity.safetensors"
+SCHEMA = "gradrank.capacity/1"
+_ADAPTER = "adapter_model.safetensors"
+_LORA_A = ".lora_A.weight"
+
+
+def write(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a sidecar atomically.
+
+    Args:
+        path: The file.
+        facts: Plain data.
+        tensors: Tensors by key.
+    """
+    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    # safetensors keeps no empty file apart from a broken one; a tensor says that it is whole.
+    stored["schema"] = torch.tensor([1])
+    text = {"gradrank": json.dumps({"schema": SCHEMA, **facts}, allow_nan=False)}
+    write_atomic(path, lambda temporary: save_file(stored, temporary, metadata=text))
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a sidecar.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Plain data, and tensors by key.
+
+    Raises:
+        DataError: If it is missing, damaged, or of another kind.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"'{path.parent.name}' holds no {path.name}: it was not written by this method, or "
+            "not to the end. Resume from another checkpoint, or start again."
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("gradrank", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise DataError(f"'{path.name}' in '{path.parent.name}' is damaged: {error}.") from error
+    if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
+        raise DataError(f"'{path.name}' in '{path.parent.name}' is no sidecar ('{SCHEMA}').")
+    tensors.pop("schema", None)
+    return facts, tensors
+
+
+def stored_ranks(folder: Path) -> dict[str, int]:
+    """Return the ranks of an adapter on disk, by the shapes of its weights.
+
+    Args:
+        folder: Folder with a stock PEFT adapter.
+
+    Returns:
+        Rank by target name.
+
+    Raises:
+        DataError: If there is no adapter, or it is damaged.
+    """
+    path = folder / _ADAPTER
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {
+                key.removeprefix(PREFIX).removesuffix(_LORA_A): int(
+                    file.get_slice(key).get_shape()[0]
+                )
+                for key in file.keys()  # noqa: SIM118
+                if key.endswith(_LORA_A)
+            }
+    except FileNotFoundError as error:
+        raise DataError(f"'{folder.name}' holds no {_ADAPTER}.") from error
+    except (SafetensorError, OSError, ValueError, IndexError) as error:
+        raise DataError(f"'{path.name}' in '{folder.name}' is damaged: {error}.") from error
+
+
+def masked_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Return what stands behind component masks, dormant components included.
+
+    Args:
+        model: The PEFT model.
+        adapter: Name of the adapter.
+
+    Returns:
+        Whole tensors by ``TARGET/NAME``; a collective call where they are sharded.
+    """
+    return {
+        f"{name}/{key}": gathered(tensor)
+        for name, site in lora_sites(model, adapter).items()
+        if site.masked
+        for key, tensor in raw_tensors(site.layer, adapter).items()
+    }
+
+
+def load_masked(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`masked_tensors` returned.
+
+    Args:
+        model: The PEFT model, with the same masks.
+        adapter: Name of the adapter.
+        tensors: Whole tensors by ``TARGET/NAME``.
+    """
+    for name, site in lora_sites(model, adapter).items():
+        if site.masked:
+            mine = {
+                key.removeprefix(f"{name}/"): tensor
+                for key, tensor in tensors.items()
+                if key.startswith(f"{name}/")
+            }
+            load_raw_tensors(site.layer, adapter, mine)

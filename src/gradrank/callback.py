@@ -1,0 +1,265 @@
+"""The one place beside the lab that knows transformers: dynamic capacity under its Trainer."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from transformers import TrainerCallback
+
+from gradrank.adapters import sidecar
+from gradrank.adapters.guard import wrapping
+from gradrank.adapters.reserve import refit, settle
+from gradrank.adapters.view import adapter_name, lora_sites
+from gradrank.capacity import CapacityRun
+from gradrank.controller import dynamic_method, reserve
+from gradrank.core import marker
+from gradrank.core.budget import Budget
+from gradrank.core.errors import DataError, OptionError, SurgeryError
+from gradrank.methods.method import Method
+from gradrank.signals.distributed import is_distributed
+from gradrank.signals.layers import unwrapped
+
+
+class CapacityCallback(TrainerCallback):
+    """Moves LoRA capacity under ``transformers.Trainer`` and what is built on it (TRL).
+
+    Pass it to the Trainer's constructor. Where several processes train, the layers then get
+    fixed shapes with component masks before the model is wrapped, and their real ranks at the
+    end. Every checkpoint gets a sidecar with the allocator's state;
+    :func:`prepare_trainer` makes resuming and ``load_best_model_at_end`` work.
+
+    Attributes:
+        run: What is measured, decided and done; None before training starts.
+    """
+
+    def __init__(
+        self,
+        method: "str | Method" = "gard-dynamic",
+        budget: "str | int | Budget" = "uniform:8",
+        *,
+        options: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            method: A dynamic method, or its name.
+            budget: Parameters that may be in use at any moment.
+            options: Options, when the method is given by name.
+            adapter: Name of the adapter, if several are active.
+            seed: Seed of sketches and of new directions.
+        """
+        self.method, self.budget = dynamic_method(method, options), Budget.parse(budget)
+        self.adapter, self.seed = adapter, seed
+        self.run: CapacityRun | None = None
+        self.resume_from: Path | None = None
+
+    @property
+    def ranks_over_time(self) -> list[Any]:
+        """``[step, {target: rank}]``, the ranks at the start first."""
+        return self.run.ranks_over_time if self.run else self._saved("ranks_over_time")
+
+    @property
+    def decisions(self) -> list[dict[str, Any]]:
+        """One entry per decision."""
+        return self.run.decisions if self.run else self._saved("decisions")
+
+    def close(self) -> None:
+        """Remove all hooks; safe to call twice."""
+        if self.run is not None:
+            self.run.close()
+
+    def attach(self, model: nn.Module, args: Any) -> None:
+        """Reserve ranks if the run will keep shapes fixed; safe to call twice.
+
+        Args:
+            model: The PEFT model, not wrapped yet.
+            args: The Trainer's arguments.
+        """
+        adapter = adapter_name(model, self.adapter)
+        masked = any(site.masked for site in lora_sites(model, adapter).values())
+        if _keeps_shapes(args) and not masked:
+            reserve(model, self.method, self.budget, adapter=adapter)
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Reserve ranks before the Trainer wraps the model."""
+        model = kwargs.get("model")
+        if model is not None:
+            self.attach(model, args)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check everything; refuse before the first step what could not be done later.
+
+        Raises:
+            SurgeryError: If the run was resumed without its allocator's state.
+        """
+        self.run = CapacityRun(
+            kwargs["model"],
+            kwargs["optimizer"],
+            self.method,
+            self.budget,
+            state.max_steps,
+            self.adapter,
+            self.seed,
+        )
+        if self.resume_from is not None:
+            self.run.restore(self.resume_from / sidecar.FILE)
+            self.resume_from = None
+        if self.run.step != state.global_step:
+            raise SurgeryError(
+                f"training goes on at step {state.global_step}, but the allocator's state is that "
+                f"of step {self.run.step}. Call gradrank.prepare_trainer(trainer) before "
+                "trainer.train(resume_from_checkpoint=...)."
+            )
+        if getattr(args, "save_total_limit", None) == 1:
+            warnings.warn(
+                "save_total_limit=1 deletes the last checkpoint before the new one is known to be "
+                "whole; a run that dies in between cannot be resumed. Use 2.",
+                UserWarning,
+                stacklevel=2,
+            )
+        self.run.before_step(state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take in the step; move capacity if a decision falls due."""
+        self._running().after_step(state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the sidecar into the checkpoint, and mark it as whole."""
+        folder = Path(args.output_dir) / f"{marker.PREFIX}{state.global_step}"
+        write = bool(state.is_world_process_zero)
+        self._running().save(folder / sidecar.FILE, write)
+        if is_distributed():
+            dist.barrier()  # every process has written its random state
+        if write:
+            marker.seal(folder)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove the hooks, give masked layers their real ranks, and tell what was missing.
+
+        Raises:
+            SurgeryError: If no decision was ever taken though the run went to its end.
+        """
+        run = self._running()
+        run.close()
+        model = unwrapped(kwargs["model"])
+        sites = lora_sites(model, adapter_name(model, self.adapter)).values()
+        sharded = any(hasattr(site.raw("A"), "full_tensor") for site in sites)
+        if any(site.masked for site in sites) and not sharded:
+            settle(model, self.adapter)
+        if run.decisions:
+            return
+        due = run.course.schedule.decisions[0]
+        problem = (
+            f"no capacity was moved: training ended after step {state.global_step}, and the first "
+            f"decision falls due after step {due}."
+        )
+        if state.global_step >= due:
+            raise SurgeryError(f"{problem} No decision was taken; the callback was not called.")
+        warnings.warn(f"{problem} The ranks are those of the start.", UserWarning, stacklevel=2)
+
+    def _saved(self, key: str) -> list[Any]:
+        """What a finished checkpoint that was loaded knows, when nothing is left to train."""
+        if self.resume_from is None:
+            return []
+        return list(sidecar.read(self.resume_from / sidecar.FILE)[0].get(key, ()))
+
+    def _running(self) -> CapacityRun:
+        if self.run is None:
+            raise SurgeryError(
+                "CapacityCallback saw no start of training. Pass it to the Trainer before "
+                "trainer.train()."
+            )
+        return self.run
+
+
+def prepare_trainer(trainer: Any) -> Any:
+    """Make resuming and ``load_best_model_at_end`` work where ranks have changed.
+
+    Afterwards ``trainer.train(resume_from_checkpoint=True)`` picks the newest checkpoint that is
+    whole, the model gets the checkpoint's ranks before its weights are loaded, and the allocator
+    goes on where it was.
+
+    Args:
+        trainer: A ``transformers.Trainer`` with a :class:`CapacityCallback` (or one with a static
+            adapter, whose ranks may differ from the checkpoint's all the same).
+
+    Returns:
+        The trainer.
+
+    Raises:
+        OptionError: If it has two such callbacks, or was prepared before.
+    """
+    found = [c for c in trainer.callback_handler.callbacks if isinstance(c, CapacityCallback)]
+    if len(found) > 1 or getattr(trainer, "_gradrank_prepared", False):
+        raise OptionError("a Trainer takes one CapacityCallback and is prepared once.")
+    callback = found[0] if found else None
+    if callback is not None:
+        callback.attach(trainer.model, trainer.args)
+    _wrap_train(trainer, callback)
+    _wrap_loading(trainer, callback)
+    trainer._gradrank_prepared = True
+    return trainer
+
+
+def _wrap_train(trainer: Any, callback: CapacityCallback | None) -> None:
+    train = trainer.train
+
+    def wrapped(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint and callback is not None:
+            resume_from_checkpoint = _whole(resume_from_checkpoint, Path(trainer.args.output_dir))
+        return train(resume_from_checkpoint, *args, **kwargs)
+
+    trainer.train = wrapped
+
+
+def _whole(asked: Any, output_dir: Path) -> str:
+    """Return the checkpoint that was asked for, or the newest one, if it is whole."""
+    if asked is not True:
+        folder = Path(str(asked))
+        if marker.is_complete(folder, sidecar.FILE):
+            return str(folder)
+        last = marker.last_complete(folder.parent, sidecar.FILE)
+        hint = f"The last whole one is '{last.name}'." if last else "There is no whole one."
+        raise DataError(
+            f"checkpoint '{folder.name}' is not whole (its writing was cut off, or it has no "
+            f"allocator state). {hint}"
+        )
+    last = marker.last_complete(output_dir, sidecar.FILE)
+    if last is None:
+        raise DataError(
+            f"there is no whole checkpoint in '{output_dir}' to resume from. Start again without "
+            "resume_from_checkpoint."
+        )
+    return str(last)
+
+
+def _wrap_loading(trainer: Any, callback: CapacityCallback | None) -> None:
+    load, load_best = trainer._load_from_checkpoint, trainer._load_best_model
+    adapter = callback.adapter if callback else None
+
+    def refit_to(folder: Path) -> None:
+        optimizer = None if wrapping(trainer.model, trainer.optimizer) else trainer.optimizer
+        refit(trainer.model, sidecar.stored_ranks(folder), optimizer, adapter)
+
+    def loaded(folder: str, model: Any = None) -> None:
+        refit_to(Path(folder))
+        load(folder, model) if model is not None else load(folder)
+        if callback is not None:
+            callback.resume_from = Path(folder)
+
+    def loaded_best() -> None:
+        refit_to(Path(trainer.state.best_model_checkpoint))
+        load_best()
+
+    trainer._load_from_checkpoint, trainer._load_best_model = loaded, loaded_best
+
+
+def _keeps_shapes(args: Any) -> bool:
+    """Whether the Trainer will wrap the model for several processes, or for a sharded one."""
+    several = int(getattr(args, "world_size", 1) or 1) > 1
+    return several or bool(getattr(args, "deepspeed", None)) or bool(getattr(args, "fsdp", None))

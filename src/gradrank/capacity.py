@@ -1,0 +1,312 @@
+"""One run of a dynamic method on a live model: observe, decide, operate, remember."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradrank.adapters import guard, sidecar
+from gradrank.adapters.edits import Edit, Grow, Shrink
+from gradrank.adapters.reserve import refit
+from gradrank.adapters.surgery import EditReport, edit, parameters_in_use
+from gradrank.adapters.view import LoraSite, adapter_name, lora_sites, lora_targets, unsupported
+from gradrank.core.budget import Budget
+from gradrank.core.errors import BudgetError, DataError, OptionError, SurgeryError
+from gradrank.core.targets import Target
+from gradrank.methods.method import Course, Decision, DynamicMethod
+from gradrank.ops.sketch import seed_of
+from gradrank.record import finite
+from gradrank.session import base_parameters
+from gradrank.signals.distributed import is_distributed
+from gradrank.signals.layers import find_sites, is_compiled, unwrapped
+from gradrank.signals.window import Window
+
+
+class CapacityRun:
+    """What :class:`gradrank.Controller` and :class:`gradrank.CapacityCallback` share.
+
+    It keeps no time of its own: it is told the step.
+
+    Attributes:
+        course: The method's course.
+        budget: Parameters that may be in use at any moment.
+        step: Last step that ended.
+        ranks_over_time: ``[step, {target: rank}]``, the ranks at the start first.
+        decisions: One entry per decision, as :class:`gradrank.RunRecord` keeps them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        method: DynamicMethod,
+        budget: "str | int | Budget",
+        total_steps: int,
+        adapter: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Check that everything the run will need can be done; change nothing.
+
+        Args:
+            model: The PEFT model, as it is trained.
+            optimizer: Its optimizer.
+            method: The dynamic method.
+            budget: Budget in parameters.
+            total_steps: Optimizer steps of the run.
+            adapter: Name of the adapter, if several are active.
+            seed: Seed of sketches and of new directions.
+        """
+        self._model, self._optimizer = model, optimizer
+        self._method, self._seed = method, seed
+        self._adapter = adapter_name(model, adapter)
+        targets = lora_targets(model, self._adapter)
+        self.budget = resolve(model, targets, budget)
+        self.course: Course = method.course(targets, self.budget, total_steps)
+        self.course.schedule.check(f"method '{method.name}'")
+        self._targets = targets
+        self._check(model, optimizer)
+        self._window = Window(
+            find_sites(model, [target.name for target in targets]),
+            self.course.signal,
+            self.course.schedule.window,
+            seed,
+            directions=self.course.grow == "gradient",
+        )
+        self.step = 0
+        self.ranks_over_time: list[Any] = [[0, self.ranks]]
+        self.decisions: list[dict[str, Any]] = []
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Ranks in use, by target name, in model order."""
+        sites = self._sites()
+        return {target.name: sites[target.name].rank for target in self._targets}
+
+    @property
+    def parameters(self) -> int:
+        """Adapter parameters in use."""
+        return parameters_in_use(self._sites())
+
+    def before_step(self, step: int) -> None:
+        """Install or remove hooks for a step that begins.
+
+        Args:
+            step: The step, from 1.
+        """
+        if self.course.schedule.observes(step):
+            self._window.open()
+        else:
+            self._window.close()
+
+    def after_step(self, step: int) -> EditReport | None:
+        """Take in a step that ended, and move capacity if a decision falls due.
+
+        Args:
+            step: The step, from 1; its optimizer step is done.
+
+        Returns:
+            What was moved, if a decision was taken.
+        """
+        if self._window.is_open:
+            self._window.end_step(step)
+        self.step = step
+        report = self._decide(step) if self.course.schedule.decides(step) else None
+        self.before_step(step + 1)
+        return report
+
+    def close(self) -> None:
+        """Remove all hooks; safe to call twice."""
+        self._window.close()
+
+    def _sites(self) -> dict[str, LoraSite]:
+        return lora_sites(self._model, self._adapter)
+
+    def _check(self, model: nn.Module, optimizer: Any) -> None:
+        """Refuse, before training starts, what could not be done while it runs."""
+        impossible = unsupported(model, self._adapter)
+        sites = self._sites()
+        if impossible:
+            name, why = next(iter(impossible.items()))
+            raise SurgeryError(
+                f"{len(impossible)} target(s) cannot take part: '{name}' {why}. Leave them out of "
+                "the adapter's target_modules."
+            )
+        if is_compiled(model):
+            raise SurgeryError(
+                "the model is compiled (torch.compile), and a compiled model sees neither hooks "
+                "that are set later nor, without compiling again, new shapes. Train it without "
+                "torch.compile, or use a static method."
+            )
+        fixed = guard.wrapping(model, optimizer)
+        plain = [name for name, site in sites.items() if not site.masked]
+        if fixed and plain:
+            raise SurgeryError(
+                f"this run keeps the shapes of parameters fixed ({fixed}), and {len(plain)} of "
+                f"{len(sites)} layers have no ranks reserved. Call gradrank.reserve(model, method, "
+                "budget) before the optimizer is made and the model is wrapped; with a Trainer, "
+                "pass CapacityCallback to its constructor or call gradrank.prepare_trainer first."
+            )
+        edits: dict[str, Edit] = {name: Shrink(site.rank) for name, site in sites.items()}
+        guard.check(sites, edits, optimizer)
+        used = parameters_in_use(sites)
+        if used > self.budget:
+            raise BudgetError(
+                f"the adapter has {used:,} parameters, more than the budget of {self.budget:,}. "
+                "Begin with lower ranks (gradrank.plan makes a fitting LoraConfig), or raise it."
+            )
+
+    def _decide(self, step: int) -> EditReport:
+        started = time.perf_counter()
+        ranks = self.ranks
+        decision = self.course.decide(ranks, self._window.measurement())
+        wanted = _agreed(decision.ranks, self._targets)
+        sketches = self._window.directions()
+        report = edit(
+            self._model,
+            {
+                name: self._edit(ranks[name], rank, sketches.get(name))
+                for name, rank in wanted.items()
+            },
+            self._optimizer,
+            adapter=self._adapter,
+            seed=seed_of(self._seed, "step", step),
+        )
+        if report.parameters[1] > self.budget:
+            raise BudgetError(
+                f"step {step}: {report.parameters[1]:,} parameters are in use, more than the "
+                f"budget of {self.budget:,}; method '{self._method.name}' overspent."
+            )
+        self._note(step, decision, report, time.perf_counter() - started)
+        return report
+
+    def _edit(self, now: int, rank: int, sketch: Tensor | None) -> Edit:
+        return Grow(rank, sketch) if rank > now else Shrink(rank, self.course.shrink)
+
+    def _note(self, step: int, decision: Decision, report: EditReport, seconds: float) -> None:
+        changed = [name for name, (old, new) in report.ranks.items() if old != new]
+        if changed:
+            self.ranks_over_time.append([step, self.ranks])
+        self.decisions.append(
+            {
+                "step": step,
+                "parameters": report.parameters[1],
+                "budget": self.budget,
+                "moved": report.moved,
+                "changed": len(changed),
+                "seconds": seconds,
+                **{key: dict(column) for key, column in decision.details.items()},
+            }
+        )
+
+    def save(self, path: Path, write: bool = True) -> None:
+        """Write the sidecar of a checkpoint.
+
+        Args:
+            path: The file.
+            write: Whether this process writes; the others take part in gathering.
+        """
+        tensors = {f"course/{key}": value for key, value in self.course.state().items()}
+        tensors |= {f"window/{key}": value for key, value in self._window.state().items()}
+        masked = sidecar.masked_tensors(unwrapped(self._model), self._adapter)
+        tensors |= {f"masked/{key}": value for key, value in masked.items()}
+        if write:
+            sidecar.write(path, finite(self._facts()), tensors)
+
+    def restore(self, path: Path) -> None:
+        """Take up the sidecar of a checkpoint; the adapter's ranks and weights must be loaded.
+
+        Args:
+            path: The file.
+
+        Raises:
+            DataError: If it is damaged; OptionError and SurgeryError, if it is of another run.
+        """
+        facts, tensors = sidecar.read(path)
+        try:
+            self._take(facts, tensors)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"'{path.name}' is damaged: {error!r}.") from error
+
+    def refit(self, path: Path) -> None:
+        """Give the model the ranks of a checkpoint, so that its weights can be loaded.
+
+        Args:
+            path: The checkpoint's sidecar.
+        """
+        ranks = sidecar.read(path)[0].get("ranks", {})
+        refit(self._model, ranks, self._optimizer, self._adapter)
+
+    def _take(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        mine = self._facts()
+        changed = [key for key in _BINDING if facts.get(key) != finite(mine[key])]
+        if changed:
+            listed = ", ".join(f"{k} {facts.get(k)!r} -> {finite(mine[k])!r}" for k in changed[:3])
+            raise OptionError(
+                f"the checkpoint was made with other settings: {listed}. Resume with the same ones."
+            )
+        sidecar.load_masked(unwrapped(self._model), self._adapter, _under(tensors, "masked/"))
+        if facts["ranks"] != self.ranks:
+            raise SurgeryError(
+                "the model does not have the checkpoint's ranks. Call "
+                "gradrank.prepare_trainer(trainer) before trainer.train(resume_from_checkpoint=...)"
+                "; in a plain loop call controller.restore(folder)."
+            )
+        for name, site in self._sites().items():
+            site.layer.scaling[self._adapter] = facts["scaling"][name]
+        self.course.restore(_under(tensors, "course/"))
+        self._window.restore(_under(tensors, "window/"))
+        self.step = int(facts["step"])
+        self.ranks_over_time, self.decisions = facts["ranks_over_time"], facts["decisions"]
+
+    def _facts(self) -> dict[str, Any]:
+        known: Any = self._method
+        return {
+            "method": self._method.name,
+            "options": {f.name: getattr(known, f.name) for f in dataclasses.fields(known)},
+            "budget": self.budget,
+            "total_steps": self.course.schedule.total_steps,
+            "seed": self._seed,
+            "fixed_shape": any(site.masked for site in self._sites().values()),
+            "processes": dist.get_world_size() if is_distributed() else 1,
+            "step": self.step,
+            "ranks": self.ranks,
+            "scaling": {name: site.scaling for name, site in self._sites().items()},
+            "ranks_over_time": self.ranks_over_time,
+            "decisions": self.decisions,
+        }
+
+
+_BINDING = ("method", "options", "budget", "total_steps", "seed", "fixed_shape", "processes")
+
+
+def resolve(model: nn.Module, targets: tuple[Target, ...], budget: "str | int | Budget") -> int:
+    """Return a budget in parameters, for the targets that a model's adapter sits on.
+
+    Args:
+        model: The PEFT model.
+        targets: The targets.
+        budget: The budget.
+
+    Returns:
+        Parameters.
+    """
+    return Budget.parse(budget).resolve(targets, base_parameters(unwrapped(model)))
+
+
+def _agreed(ranks: Mapping[str, int], targets: tuple[Target, ...]) -> dict[str, int]:
+    """The decision of the first process, in all of them."""
+    wanted = torch.tensor([ranks[target.name] for target in targets])
+    if is_distributed():
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        wanted = wanted.to(device)
+        dist.broadcast(wanted, 0)
+    return dict(zip((target.name for target in targets), wanted.tolist(), strict=True))
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

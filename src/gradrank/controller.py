@@ -1,0 +1,244 @@
+"""Capacity that moves in a plain training loop, or one driven by accelerate."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import nn
+
+from gradrank.adapters import sidecar
+from gradrank.adapters.optimizers import inner_optimizer
+from gradrank.adapters.reserve import reserve_ranks, settle
+from gradrank.adapters.surgery import EditReport
+from gradrank.adapters.view import adapter_name, lora_targets
+from gradrank.capacity import CapacityRun, resolve
+from gradrank.core.budget import Budget
+from gradrank.core.errors import OptionError, SurgeryError
+from gradrank.methods.method import DynamicMethod, Method
+from gradrank.methods.registry import create
+
+__all__ = ["Controller", "dynamic_method", "reserve", "settle"]
+
+
+class Controller:
+    """Moves LoRA capacity while a loop of your own trains.
+
+    Call :meth:`step` after every ``optimizer.step()``, and :meth:`finish` at the end (or use it
+    as a context manager). Calls between optimizer steps, as in gradient accumulation, are free.
+    A loop that steps its optimizer twice without calling :meth:`step` is stopped with an error,
+    and so is the end of a run in which nothing was ever decided.
+
+    Example:
+        ::
+
+            controller = gr.Controller(model, optimizer, "gard-dynamic", "uniform:8", steps)
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                controller.step()
+                optimizer.zero_grad()
+            controller.finish()
+
+    Attributes:
+        run: What is measured, decided and done.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        method: "str | Method" = "gard-dynamic",
+        budget: "str | int | Budget" = "uniform:8",
+        total_steps: int = 0,
+        *,
+        options: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Check everything and begin to observe.
+
+        Args:
+            model: The PEFT model; where several processes train, the wrapped model, after
+                :func:`reserve`.
+            optimizer: The optimizer that steps it (accelerate's wrapper is seen through).
+            method: A dynamic method, or its name.
+            budget: Parameters that may be in use at any moment.
+            total_steps: Optimizer steps of the whole run.
+            options: Options, when the method is given by name.
+            adapter: Name of the adapter, if several are active.
+            seed: Seed of sketches and of new directions.
+
+        Raises:
+            OptionError: If ``total_steps`` is missing, or the method is static.
+        """
+        if total_steps < 1:
+            raise OptionError(
+                f"total_steps is {total_steps}; a schedule needs the number of optimizer steps of "
+                "the whole run."
+            )
+        chosen = dynamic_method(method, options)
+        self.run = CapacityRun(model, optimizer, chosen, budget, total_steps, adapter, seed)
+        self._total = total_steps
+        self._optimizer_steps = self._seen = 0
+        self._calls = 0
+        inner = inner_optimizer(optimizer)
+        self._hook = inner.register_step_post_hook(self._on_optimizer_step)
+        self.run.before_step(1)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Ranks in use, by target name."""
+        return self.run.ranks
+
+    def step(self) -> EditReport | None:
+        """Take in what happened since the last call; move capacity if a decision falls due.
+
+        Returns:
+            What was moved, if a decision was taken.
+        """
+        self._calls += 1
+        if self._seen == self._optimizer_steps:
+            return None  # a micro-batch, or a step that a gradient scaler skipped
+        self._seen = self._optimizer_steps
+        report = self.run.after_step(self.run.step + 1)
+        if self.run.step == self._total:
+            self.finish()
+        return report
+
+    def finish(self) -> None:
+        """End the run: remove all hooks, and raise if the controller did not do its work.
+
+        Raises:
+            SurgeryError: If it was never stepped, or never decided anything; the message says
+                what was missing.
+        """
+        self.close()
+        problem = self.missing()
+        if problem:
+            raise SurgeryError(problem)
+
+    def close(self) -> None:
+        """Remove all hooks; safe to call twice."""
+        self._hook.remove()
+        self.run.close()
+
+    def missing(self) -> str:
+        """Return what kept the controller from its work, or an empty text."""
+        if self.run.decisions:
+            return ""
+        due = self.run.course.schedule.decisions[0]
+        if not self._optimizer_steps:
+            return (
+                f"the controller never acted: its optimizer made no step ({self._calls} calls of "
+                "controller.step()). Pass the optimizer that trains the model, and call "
+                "controller.step() after optimizer.step()."
+            )
+        if not self._calls:
+            return (
+                "the controller was never stepped. Call controller.step() after every "
+                "optimizer.step()."
+            )
+        return (
+            f"the controller never acted: the run ended after step {self.run.step}, and the first "
+            f"decision falls due after step {due}. Lower interval or warmup, or train longer."
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write the controller's state into a checkpoint's folder, atomically.
+
+        Args:
+            folder: The folder.
+        """
+        self.run.save(Path(folder) / sidecar.FILE)
+
+    def restore(self, folder: str | Path) -> None:
+        """Take up a state; call it before the weights and the optimizer's state are loaded.
+
+        The model gets the ranks of the checkpoint, so that both can be loaded.
+
+        Args:
+            folder: The folder that :meth:`save` wrote to.
+        """
+        path = Path(folder) / sidecar.FILE
+        self.run.refit(path)
+        self.run.restore(path)
+        self.run.before_step(self.run.step + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.finish()
+        else:
+            self.close()
+
+    def _on_optimizer_step(self, *_: Any) -> None:
+        if self._optimizer_steps > self._seen:
+            self.close()
+            raise SurgeryError(
+                f"optimizer.step() ran twice and controller.step() did not ({self._calls} calls in "
+                f"{self._optimizer_steps + 1} steps). Call controller.step() after every "
+                "optimizer.step(), or controller.close() to stop moving capacity."
+            )
+        self._optimizer_steps += 1
+
+
+def reserve(
+    model: nn.Module,
+    method: "str | Method" = "gard-dynamic",
+    budget: "str | int | Budget" = "uniform:8",
+    *,
+    options: Mapping[str, Any] | None = None,
+    adapter: str | None = None,
+) -> None:
+    """Reserve the ranks that a dynamic method may reach, at fixed shapes.
+
+    For training in several processes (DistributedDataParallel, FSDP2, DeepSpeed), before the
+    optimizer is made and the model is wrapped. Components that are not in use are masked: they
+    change nothing, get no gradient and count for nothing in the budget, but they take memory.
+    After training, :func:`settle` gives the layers their real ranks.
+
+    Args:
+        model: The PEFT model.
+        method: The dynamic method that will run, or its name.
+        budget: Its budget.
+        options: Options, when the method is given by name.
+        adapter: Name of the adapter, if several are active.
+    """
+    chosen = dynamic_method(method, options)
+    targets = lora_targets(model, adapter_name(model, adapter))
+    parameters = resolve(model, targets, budget)
+    # The ceilings do not depend on the length of the run, which is not known yet.
+    reserve_ranks(model, chosen.course(targets, parameters, 1).ceilings, adapter)
+
+
+def dynamic_method(method: "str | Method", options: Mapping[str, Any] | None) -> DynamicMethod:
+    """Return a dynamic method, built from its name if need be.
+
+    Args:
+        method: A method or its name.
+        options: Options, when it is given by name.
+
+    Returns:
+        The method.
+
+    Raises:
+        OptionError: If the method is static: it decides once, before training.
+    """
+    if options and not isinstance(method, str):
+        raise OptionError("options belong to the method object; pass them to its constructor.")
+    chosen = create(method, options) if isinstance(method, str) else method
+    if not isinstance(chosen, DynamicMethod):
+        name = getattr(chosen, "name", type(chosen).__name__)
+        raise OptionError(
+            f"method '{name}' decides once, before training; use plan.lora_config() or "
+            "gradrank.apply(plan, model). 'gard-dynamic' moves capacity while training."
+        )
+    return chosen
