@@ -1,6 +1,6 @@
 """The guard: every reason why an edit must not be made, found before anything is touched."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,11 +8,12 @@ from torch import nn
 
 from gradrank.adapters.edits import Drop, Edit, Grow, Shrink
 from gradrank.adapters.optimizers import inner_optimizer, refusals
-from gradrank.adapters.view import LoraSite
+from gradrank.adapters.view import LoraSite, adapter_config
 from gradrank.core.errors import SurgeryError, nearest
 from gradrank.signals.distributed import is_distributed
 
-SHOWN = 8
+# Initialisations that change the base weight by the rank, and do so again on every load.
+_RESIDUAL = ("pissa", "olora", "corda", "loftq")
 
 
 def check(
@@ -20,6 +21,7 @@ def check(
     edits: Mapping[str, Edit],
     optimizer: Any = None,
     impossible: Mapping[str, str] | None = None,
+    model: nn.Module | None = None,
 ) -> None:
     """Refuse edits that cannot be made, with every reason at once.
 
@@ -28,32 +30,53 @@ def check(
         edits: Edits by target name.
         optimizer: The optimizer that holds the factors, or None if none exists yet.
         impossible: Layers that can never be edited, with the reason.
+        model: The model as it is trained, for what lies in its wrapping and PEFT's configuration.
 
     Raises:
         SurgeryError: Naming every reason; nothing has been changed.
     """
-    reasons: list[str] = []
     impossible = impossible or {}
+    found: list[tuple[str, str]] = []
     for name, edit in edits.items():
-        if name not in sites:
-            why = impossible.get(name, f"carries no adapter. {nearest(name, sites)}")
-            reasons.append(f"'{name}' {why}")
-            continue
-        reasons += [f"'{name}' {why}" for why in _layer(sites[name], edit)]
-    known = {name: edit for name, edit in edits.items() if name in sites}
-    reasons += _setting({name: sites[name] for name in known}, optimizer)
+        if name in sites:
+            found += [(name, why) for why in _layer(sites[name], edit)]
+        else:
+            why = impossible.get(name, f"carries no LoRA adapter. {nearest(name, sites)}")
+            found.append((name, why))
+    known = {name: sites[name] for name in edits if name in sites}
+    reasons = _grouped(found)
+    reasons += _setting(known, optimizer, model)
     if optimizer is not None:
-        parameters = {f"{n}.lora_{f}": sites[n].raw(f) for n in known for f in "AB"}
-        reasons += refusals(optimizer, parameters)
-    if all(isinstance(edits.get(name), Drop) for name in sites) and sites and edits:
+        reasons += refusals(optimizer, _trained(known, optimizer))
+    dropped = [name for name in sites if isinstance(edits.get(name), Drop)]
+    if dropped and len(dropped) == len(sites) and not impossible:
         reasons.append("every target would be dropped, and no adapter would be left")
     if reasons:
-        more = f"\n- and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
-        listed = "".join(f"\n- {reason}" for reason in reasons[:SHOWN])
+        listed = "".join(f"\n- {reason}" for reason in reasons)
         raise SurgeryError(
-            "capacity cannot be moved; nothing was changed. "
-            f"{len(reasons)} reason(s):{listed}{more}"
+            f"capacity cannot be moved; nothing was changed. {len(reasons)} reason(s):{listed}"
         )
+
+
+def _grouped(found: Iterable[tuple[str, str]]) -> list[str]:
+    """One line per distinct reason, with the targets that it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, why in found:
+        names.setdefault(why, []).append(name)
+    lines = []
+    for why, group in names.items():
+        listed = ", ".join(f"'{name}'" for name in group[:3])
+        more = f" and {len(group) - 3} more" if len(group) > 3 else ""
+        lines.append(f"{listed}{more}{': each' if len(group) > 1 else ''} {why}")
+    return lines
+
+
+def _trained(sites: Mapping[str, LoraSite], optimizer: Any) -> dict[str, nn.Parameter]:
+    """The factors whose state has to be carried: not those that are frozen and held by no one."""
+    groups = getattr(inner_optimizer(optimizer), "param_groups", [])
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    factors = {f"{name}.lora_{f}": site.raw(f) for name, site in sites.items() for f in "AB"}
+    return {name: p for name, p in factors.items() if p.requires_grad or id(p) in held}
 
 
 def _layer(site: LoraSite, edit: Edit) -> Iterator[str]:
@@ -65,72 +88,93 @@ def _layer(site: LoraSite, edit: Edit) -> Iterator[str]:
         variant = type(layer.lora_variant[adapter]).__name__
         yield f"uses the LoRA variant {variant} (DoRA and the like), whose parts depend on the rank"
     if layer.lora_bias.get(adapter):
-        yield "has a bias on lora_B, which a change of rank would not carry"
+        yield "trains a bias on lora_B, which no budget of ranks counts; use lora_bias=False"
     shapes = {tuple(site.raw(factor).shape) for factor in "AB"}
     if any(0 in shape or len(shape) != 2 for shape in shapes):
         yield f"has sharded or flattened factors of shapes {sorted(shapes)} (ZeRO-3, FSDP1)"
         return
     yield from _parameters(site)
-    yield from _ranks(site, edit)
+    if not isinstance(edit, Edit):
+        yield f"was given {edit!r}, which is no edit; use Shrink, Grow or Drop"
+    elif isinstance(edit, Drop):
+        yield from _drop(site)
+    else:
+        yield from _rank(site, edit)
 
 
 def _parameters(site: LoraSite) -> Iterator[str]:
     for factor in "AB":
         parameter: Any = site.raw(factor)
-        if parameter.is_meta:
-            yield f"has its factor {factor} on the meta device"
-        if not parameter.is_floating_point():
-            yield f"has a quantised factor {factor} ({parameter.dtype})"
         hooks = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
         if not site.masked and any(hooks):
             yield (
                 f"has hooks on its factor {factor}, which a new parameter would lose; use the "
                 "fixed-shape mode (gradrank.reserve), or remove them"
             )
+        if parameter.is_meta:
+            yield f"has its factor {factor} on the meta device"
+        elif not parameter.is_floating_point():
+            yield f"has a quantised factor {factor} ({parameter.dtype})"
+        elif not bool(torch.isfinite(parameter.detach()).all()):
+            yield f"has NaN or infinite values in its factor {factor}; training has diverged"
 
 
-def _ranks(site: LoraSite, edit: Edit) -> Iterator[str]:
-    now = site.rank
-    widest = min(site.raw("A").shape[1], site.raw("B").shape[0])
-    ceiling = site.raw("A").shape[0] if site.masked else widest
-    if isinstance(edit, Drop):
-        if site.masked:
-            yield "has a fixed shape and cannot be dropped before gradrank.settle(model)"
-        if len(site.layer.r) > 1:
-            yield f"carries other adapters too ({', '.join(sorted(site.layer.r))})"
-        return
-    wrong = isinstance(edit.rank, bool) or not isinstance(edit.rank, int)
-    if wrong or edit.rank < 1:
+def _drop(site: LoraSite) -> Iterator[str]:
+    if site.masked:
+        yield "has a fixed shape and cannot be dropped before gradrank.settle(model)"
+    if len(site.layer.r) > 1:
+        yield f"carries other adapters too ({', '.join(sorted(site.layer.r))})"
+
+
+def _rank(site: LoraSite, edit: Shrink | Grow) -> Iterator[str]:
+    now, width = site.rank, site.raw("A").shape[1]
+    most = min(width, site.raw("B").shape[0])
+    reserved = site.raw("A").shape[0] if site.masked else None
+    if isinstance(edit.rank, bool) or not isinstance(edit.rank, int) or edit.rank < 1:
         yield f"would get rank {edit.rank!r}; a rank is a whole number from 1 (or Drop())"
     elif isinstance(edit, Shrink) and edit.rank > now:
         yield f"has rank {now} and cannot shrink to {edit.rank}"
     elif isinstance(edit, Grow) and edit.rank < now:
         yield f"has rank {now} and cannot grow to {edit.rank}"
-    elif edit.rank > ceiling:
-        limit = "the rank reserved for it" if site.masked else "min(d_in, d_out)"
-        yield f"would get rank {edit.rank}, above {limit}, {ceiling}"
+    elif reserved is not None and edit.rank > reserved:
+        yield f"would get rank {edit.rank}, above the rank reserved for it, {reserved}"
+    elif edit.rank > most and edit.rank != now and edit != Shrink(edit.rank, "norm"):
+        yield f"would get rank {edit.rank}, above min(d_in, d_out), {most}"
     if isinstance(edit, Grow) and edit.sketch is not None:
-        width = site.raw("A").shape[1]
-        if edit.sketch.dim() != 2 or edit.sketch.shape[1] != width:
-            yield f"got a gradient sketch of shape {tuple(edit.sketch.shape)}, not [s, {width}]"
+        shape = tuple(edit.sketch.shape)
+        if len(shape) != 2 or shape[1] != width or not edit.sketch.is_floating_point():
+            yield f"got a gradient sketch {shape} of {edit.sketch.dtype}, not floats [s, {width}]"
+        elif not bool(torch.isfinite(edit.sketch).all()):
+            yield "got a gradient sketch with NaN or infinite values"
 
 
-def _setting(sites: Mapping[str, LoraSite], optimizer: Any) -> Iterator[str]:
-    """Reasons that lie in how the model is trained."""
+def _setting(
+    sites: Mapping[str, LoraSite], optimizer: Any, model: nn.Module | None
+) -> Iterator[str]:
+    """Reasons that lie in how the model is built and trained."""
+    for adapter in {site.adapter for site in sites.values()} if model is not None else ():
+        start = str(getattr(adapter_config(model, adapter), "init_lora_weights", ""))
+        if start.lower().startswith(_RESIDUAL):
+            yield (
+                f"adapter '{adapter}' began with init_lora_weights='{start}', which takes the "
+                "first directions of that rank out of the base weight, again at every load; with "
+                "another rank a save would load as another function. Save it as plain LoRA first "
+                "(save_pretrained with path_initial_model_for_weight_conversion)"
+            )
     plain = [name for name, site in sites.items() if not site.masked]
     if not plain:
         return
+    fixed = wrapping(model, optimizer) if model is not None else None
     if any(hasattr(sites[name].raw(f), "full_tensor") for name in plain for f in "AB"):
         yield (
             "the factors are sharded over processes (FSDP2, DTensor), where a parameter cannot "
             "change its shape; call gradrank.reserve(model, ...) before sharding"
         )
-    elif is_distributed() and optimizer is not None:
+    elif fixed in {"DistributedDataParallel", "DeepSpeed"} or (is_distributed() and optimizer):
         yield (
-            f"{torch.distributed.get_world_size()} processes train together, and a parameter that "
-            "is replaced under DistributedDataParallel or DeepSpeed silently stops being "
-            "synchronised; call gradrank.reserve(model, ...) before wrapping (fixed shape, "
-            "component mask), and gradrank.settle(model) after training"
+            f"the model trains under {fixed or 'several processes'}, where a parameter that is "
+            "replaced silently stops being synchronised; call gradrank.reserve(model, ...) before "
+            "wrapping (fixed shape, component mask), and gradrank.settle(model) after training"
         )
 
 

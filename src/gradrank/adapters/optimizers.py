@@ -1,6 +1,8 @@
 """Optimizer state over an edit: carry it by its known layout, swap parameters, roll back."""
 
+import functools
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,7 +142,10 @@ def swap(optimizer: Any, old: Tensor, new: Tensor, state: Mapping[str, Any] | No
     """
     optimizer = inner_optimizer(optimizer)
     index, position = _place(optimizer, old)
-    if new is not old and any(new is p for g in optimizer.param_groups for p in g["params"]):
+    if new is not old and any(
+        any(map(functools.partial(operator.is_, new), group["params"]))
+        for group in optimizer.param_groups
+    ):
         raise TargetError(
             f"the optimizer holds the new parameter {tuple(new.shape)} already. Pass a new one."
         )
@@ -322,13 +327,14 @@ def _carry_blockwise(
     """The states of bitsandbytes: state1 (AdEMAMix: two of them stacked) and state2."""
     new = {key: _copy(state[key]) for key in _SCALARS if key in state}
     numel = parameter.numel() // parameter.shape[axis] * carry.size
+    eight = _wants_8_bits(optimizer, parameter, numel)
     for slot, role in enumerate(_BLOCKWISE[optimizer.optimizer_name]):
         dense = _dequantised(state, slot + 1, parameter.dim())
         lead = dense.dim() - parameter.dim()
         moved = carry_tensor(dense, carry, axis + lead, role)
         qmap = state.get(f"qmap{slot + 1}", optimizer.name2qmap.get(_QMAPS[slot]))
         new |= {f"state{slot + 1}": moved}
-        if qmap is not None and _wants_8_bits(optimizer, parameter, numel):
+        if eight and qmap is not None:
             new |= _quantised(moved, slot + 1, qmap.to(moved.device), lead)
     return new
 

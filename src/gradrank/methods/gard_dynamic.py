@@ -118,15 +118,13 @@ class DynamicGard:
         Returns:
             Rank per target.
         """
-        ceilings = self._ceilings(targets, budget)
-        within = {target.name: (0, ceilings[target.name]) for target in targets}
         return proportional(
             targets,
             assessment.scores,
             budget,
             r_min=self.r_min,
+            r_max=self._most(targets, budget),
             spend_leftover=self.spend_leftover,
-            within=within,
         )
 
     def course(self, targets: Sequence[Target], budget: int, total_steps: int) -> Course:
@@ -142,10 +140,9 @@ class DynamicGard:
         """
         return GardCourse(self, targets, budget, total_steps)
 
-    def _ceilings(self, targets: Sequence[Target], budget: int) -> dict[str, int]:
+    def _most(self, targets: Sequence[Target], budget: int) -> int:
         uniform = max(1, round(budget / sum(target.cost for target in targets)))
-        most = max(2 * uniform if self.r_max is None else self.r_max, self.r_min)
-        return {target.name: min(target.max_rank, most) for target in targets}
+        return max(2 * uniform if self.r_max is None else self.r_max, self.r_min)
 
 
 _CHOICES = {
@@ -166,7 +163,8 @@ class GardCourse:
             total_steps, method.interval, method.window, method.warmup, method.freeze_after
         )
         self.signal = Spectrum(method.estimator, method.sketch_dim)
-        self.ceilings = method._ceilings(targets, budget)
+        most = method._most(targets, budget)
+        self.ceilings = {target.name: min(target.max_rank, most) for target in targets}
         self.shrink, self.grow = method.shrink, method.grow
         self._smoothed: dict[str, float] = {}
 
@@ -207,13 +205,19 @@ class GardCourse:
 
     def _reach(self, ranks: Mapping[str, int]) -> dict[str, tuple[int, int]]:
         """Ranks that one decision may give each target."""
-        delta = self._method.max_delta
-        reach = {}
+        method, delta = self._method, self._method.max_delta
+        reach, floor = {}, 0
         for target in self._targets:
             now, ceiling = ranks[target.name], self.ceilings[target.name]
-            low = max(min(self._method.r_min, target.max_rank), now - delta)
+            low = min(max(min(method.r_min, target.max_rank), now - delta), now + delta)
             # A rank that begins above its ceiling comes down to it step by step.
             reach[target.name] = (low, max(low, min(ceiling, now + delta)))
+            floor += low * target.cost
+        if floor > self._budget:
+            # Ranks that began below r_min cannot all be paid for yet; they wait.
+            for name, (low, _) in reach.items():
+                if low > ranks[name]:
+                    reach[name] = (ranks[name], ranks[name])
         return reach
 
     def state(self) -> dict[str, Tensor]:
@@ -230,13 +234,18 @@ class GardCourse:
             state: Tensors by key.
 
         Raises:
-            OptionError: If they belong to another number of targets.
+            OptionError: If they belong to another number of targets, or are damaged.
         """
-        values = state["smoothed"].tolist() if "smoothed" in state else []
+        values = state["smoothed"].reshape(-1).tolist() if "smoothed" in state else []
         if values and len(values) != len(self._targets):
             raise OptionError(
                 f"the saved state has {len(values)} targets, this run {len(self._targets)}. "
                 "Resume with the plan of that run."
+            )
+        if not all(0 <= value < math.inf for value in values):
+            raise OptionError(
+                "the saved state holds a smoothed effective rank that is negative or not finite; "
+                "it is damaged. Resume from another checkpoint."
             )
         names = [target.name for target in self._targets]
         self._smoothed = dict(zip(names, values, strict=True)) if values else {}

@@ -249,7 +249,7 @@ def dequantise_blocks(values: Tensor, scales: Tensor, codes: Tensor, block: int)
         float32, of the shape of ``values``.
     """
     scale = scales.flatten().repeat_interleave(block)[: values.numel()]
-    return codes[values.flatten().long()].mul(scale).reshape(values.shape)
+    return codes[values.flatten().int()].mul(scale).reshape(values.shape)
 
 
 @torch.no_grad()
@@ -276,8 +276,8 @@ def quantise_blocks(tensor: Tensor, codes: Tensor, block: int) -> tuple[Tensor, 
     scales = padded.abs().amax(1)
     unit = padded / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
     ordered, order = codes.float().sort()
-    found = torch.bucketize(unit, (ordered[1:] + ordered[:-1]) / 2)
-    return order[found].flatten()[: flat.numel()].to(torch.uint8).view(tensor.shape), scales
+    found = torch.bucketize(unit, (ordered[1:] + ordered[:-1]) / 2, out_int32=True)
+    return order.to(torch.uint8)[found].flatten()[: flat.numel()].view(tensor.shape), scales
 
 
 def _carried(tensor: Tensor, carry: Carry, axis: int, role: Role) -> Tensor:

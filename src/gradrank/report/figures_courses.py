@@ -90,31 +90,11 @@ def effective_courses(run: Run, layout: Layout, suffix: str = "") -> Figure | No
     dense = len(kept) > 40
 
     def draw(ax: Axes, title: str) -> None:
-        course = data[title]["window"]
-        steps = course["steps"]
-        ax.fill_between(steps, course["low"], course["high"], color=_BAND, lw=0)
-        if len(steps) == 1:
-            ax.vlines(steps, course["low"], course["high"], color=_BAND, linewidth=9)
-        style = {"color": _MEAN, "linewidth": 1.2 if dense else 2, "marker": None if dense else "o"}
-        ax.plot(steps, course["mean"], markersize=4, **style)
-        if "smoothed" in data[title]:
-            other = data[title]["smoothed"]
-            style = {"color": _SMOOTHED, "linestyle": _BROKEN, "marker": None if dense else "D"}
-            ax.plot(other["steps"], other["mean"], markersize=3.5, linewidth=1.6, **style)
+        _draw_effective(ax, data[title], dense)
         _frame(ax, span, top)
 
-    shape = None if dense else "o"
-    handles: list[Any] = [
-        Line2D([], [], color=_MEAN, linewidth=2, marker=shape, markersize=4),
-        Patch(facecolor=_BAND),
-    ]
-    labels = ["mean of the window", "lowest to highest"]
-    if smoothed:
-        shape = None if dense else "D"
-        style = {"color": _SMOOTHED, "linestyle": _BROKEN, "marker": shape, "markersize": 3.5}
-        handles.append(Line2D([], [], linewidth=1.6, **style))
-        labels.append("mean, smoothed over decisions")
-    drawn = small_multiples(list(data), draw, "step", "effective rank", (handles, labels))
+    legend = _effective_legend(bool(smoothed), dense)
+    drawn = small_multiples(list(data), draw, "step", "effective rank", legend)
     caption = (
         "How many directions over a window's mini-batches hold most of a target's gradient energy."
     )
@@ -124,6 +104,38 @@ def effective_courses(run: Run, layout: Layout, suffix: str = "") -> Figure | No
     title, name = "Effective rank over time", f"effective-rank-over-time{suffix}"
     headline = _effective_headline([(d.step, d.effective_rank) for d in decisions])
     return finish(drawn, name, title, caption, data, headline)
+
+
+def _effective_styles(dense: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return how a window's mean and the smoothed mean are drawn; many points carry no marks."""
+    window = {"color": _MEAN, "marker": None if dense else "o", "markersize": 4}
+    smoothed = {"color": _SMOOTHED, "marker": None if dense else "D", "markersize": 3.5}
+    return (
+        {**window, "linewidth": 1.2 if dense else 2},
+        {**smoothed, "linewidth": 1.6, "linestyle": _BROKEN},
+    )
+
+
+def _draw_effective(ax: Axes, courses: Mapping[str, Any], dense: bool) -> None:
+    window, smoothed = _effective_styles(dense)
+    course = courses["window"]
+    steps = course["steps"]
+    ax.fill_between(steps, course["low"], course["high"], color=_BAND, lw=0)
+    if len(steps) == 1:
+        ax.vlines(steps, course["low"], course["high"], color=_BAND, linewidth=9)
+    ax.plot(steps, course["mean"], **window)
+    if "smoothed" in courses:
+        ax.plot(courses["smoothed"]["steps"], courses["smoothed"]["mean"], **smoothed)
+
+
+def _effective_legend(has_smoothed: bool, dense: bool) -> tuple[list[Any], list[str]]:
+    window, smoothed = _effective_styles(dense)
+    handles: list[Any] = [Line2D([], [], **window), Patch(facecolor=_BAND)]
+    labels = ["mean of the window", "lowest to highest"]
+    if has_smoothed:
+        handles.append(Line2D([], [], **smoothed))
+        labels.append("mean, smoothed over decisions")
+    return handles, labels
 
 
 def _courses(
