@@ -290,6 +290,22 @@ def test_momentum_in_a_rotated_basis_is_the_rotated_run(seed: int, nesterov: boo
     torch.testing.assert_close(new.data, Q @ old.data, rtol=1e-12, atol=1e-12)
 
 
+def test_a_rotated_centred_rmsprop_has_no_negative_variance() -> None:
+    # Gradients that hardly vary: the squared mean is nearly all of the mean square.
+    old = nn.Parameter(torch.zeros(2, 3))
+    optimizer = optim.RMSprop([old], LR, alpha=0.5, centered=True)
+    for _ in range(30):
+        old.grad = torch.ones(2, 3)
+        optimizer.step()
+    matrix = torch.tensor([[0.6, 0.8], [0.8, -0.6]])
+    state = carry_state(optimizer, old, optimizer.state[old], Carry.rotate(matrix), 0).state
+    new = nn.Parameter(torch.zeros(2, 3))
+    swap(optimizer, old, new, state)
+    new.grad = matrix @ torch.ones(2, 3) * 1.1
+    optimizer.step()
+    assert torch.isfinite(new).all()
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_rotation_leaves_a_state_to_step_with(name: str) -> None:
     setting = Setting(ALL[name])

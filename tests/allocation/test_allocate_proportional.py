@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from gradrank.allocation import proportional
 from gradrank.core.errors import BudgetError, MeasurementError, OptionError, TargetError
 from gradrank.core.targets import Target
+from oracles import dynamic
 from oracles.allocation import bounds_of, largest_factor, parameters, proportional_ranks, ranks_at
 
 QUIET = settings(deadline=None, derandomize=True, max_examples=80)
@@ -220,3 +221,83 @@ def test_bad_scores_names_and_bounds_are_refused():
         proportional([targets[0], targets[0]], {"a": 1.0}, 16)
     with pytest.raises(TargetError, match="no target"):
         proportional([], {}, 16)
+
+
+# --- ranks that may only move a little ----------------------------------------------------------
+
+
+def near(now, delta, r_min, r_max, targets):
+    """Ranges of ranks around those in use, inside the bounds."""
+    low, high = bounds_of(targets, r_min, r_max)
+    return {n: (max(low[n], r - delta), min(high[n], r + delta)) for n, r in now.items()}
+
+
+def within_problems(count, seed):
+    draw = random.Random(seed)
+    for targets, scores, budget, r_min, r_max in problems(count, seed):
+        low, high = bounds_of(targets, r_min, r_max)
+        now = {t.name: draw.randint(low[t.name], high[t.name]) for t in targets}
+        budget = max(budget, parameters(now, targets))
+        ranges = near(now, draw.choice([0, 1, 2]), r_min, r_max, targets)
+        # A target without score falls to the bottom of its range.
+        floor = {n: ranges[n][0] for n in now}
+        if any(floor.values()):
+            yield targets, scores, budget, r_min, r_max, now, ranges
+
+
+def test_within_equals_the_one_by_one_twin():
+    tried = 0
+    for targets, scores, budget, r_min, r_max, now, ranges in within_problems(300, seed=4):
+        total = sum(scores.values())
+        shares = {name: Fraction(score, total) for name, score in scores.items()}
+        delta = max(abs(now[n] - end) for n, both in ranges.items() for end in both)
+        exact = {n for n, both in ranges.items() if both[0] <= now[n] <= both[1]}
+        assert exact == set(now)
+        most = 99 if r_max is None else r_max
+        settings = dynamic.Settings(budget, r_min=r_min, r_max=most, max_delta=delta)
+        clipped = near(now, delta, r_min, r_max, targets)
+        expected = dynamic.allocate(targets, shares, now, settings)
+        options = {"r_min": r_min, "r_max": r_max, "within": clipped}
+        assert proportional(targets, scores, budget, **options) == expected
+        tried += 1
+    assert tried > 150
+
+
+def test_within_keeps_the_ranges_and_spends_no_more_than_they_allow():
+    for targets, scores, budget, r_min, r_max, _, ranges in within_problems(200, seed=5):
+        options = {"r_min": r_min, "r_max": r_max, "within": ranges}
+        ranks = proportional(targets, scores, budget, **options)
+        assert all(ranges[name][0] <= rank <= ranges[name][1] for name, rank in ranks.items())
+        assert parameters(ranks, targets) <= budget
+        steps = [t.cost for t in targets if scores[t.name] and ranks[t.name] < ranges[t.name][1]]
+        slack = budget - parameters(ranks, targets)
+        assert slack < min(steps, default=slack + 1)
+
+
+def test_within_that_allows_everything_changes_nothing():
+    for targets, scores, budget, r_min, r_max in problems(100, seed=6):
+        low, high = bounds_of(targets, r_min, r_max)
+        whole = {t.name: (low[t.name], high[t.name]) for t in targets}
+        options = {"r_min": r_min, "r_max": r_max}
+        plain = proportional(targets, scores, budget, **options)
+        assert proportional(targets, scores, budget, **options, within=whole) == plain
+
+
+def test_within_wins_over_bounds_that_it_has_nothing_in_common_with():
+    targets = [Target("a", 9, 9), Target("b", 9, 9)]
+    equal = {"a": 1.0, "b": 1.0}
+    above = proportional(targets, equal, 400, r_max=3, within={"a": (5, 7), "b": (1, 3)})
+    assert above == {"a": 5, "b": 3}
+    below = proportional(targets, equal, 400, r_min=6, within={"a": (1, 3), "b": (5, 7)})
+    assert below == {"a": 3, "b": 7}
+
+
+def test_within_is_checked_by_name():
+    targets = [Target("a", 9, 9), Target("b", 9, 9)]
+    equal = {"a": 1.0, "b": 1.0}
+    with pytest.raises(OptionError, match=r"'within' must hold .* that of 'b' is None"):
+        proportional(targets, equal, 90, within={"a": (1, 2)})
+    with pytest.raises(OptionError, match=r"that of 'a' is \(3, 2\)"):
+        proportional(targets, equal, 90, within={"a": (3, 2), "b": (1, 2)})
+    with pytest.raises(BudgetError, match=r"budget 60 is below the floor of 72"):
+        proportional(targets, equal, 60, within={"a": (2, 3), "b": (2, 3)})

@@ -8,14 +8,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gradrank.ops.blockwise import dequantise_blocks, quantise_blocks
 from gradrank.ops.moments import (
     Carry,
     Role,
     carry_centred,
     carry_factored,
     carry_tensor,
-    dequantise_blocks,
-    quantise_blocks,
 )
 from oracles.moments import (
     adam_step_length,

@@ -4,9 +4,33 @@ import math
 
 import numpy as np
 
+from gradrank.report.reading import read_runs
+from gradrank.report.sections import gather
 from report import report_cases as cases
 
 TINY = {"h.0.q": (4, 4), "h.0.v": (4, 2), "h.1.q": (4, 4), "h.1.v": (4, 2)}
+Q0, V0, Q1, V1 = TINY
+COST = {name: sum(shape) for name, shape in TINY.items()}
+START = {Q0: 3, V0: 2, Q1: 3, V1: 2}
+LATER = {Q0: 1, V0: 4, Q1: 3}  # one target dropped by leaving it out
+LAST = {Q0: 1, V0: 5, Q1: 3, V1: 0}
+ENTRIES = [[0, START], [10, LATER], [30, LAST]]
+MAPS = {
+    "effective_rank": {Q0: 3.0, Q1: 5.0, V0: 2.0},
+    "smoothed": {Q0: 4.0, Q1: 4.5, V0: 2.5},
+    "energy": {Q0: 0.01, Q1: 1.0, V0: 0.0},
+}
+
+
+def prepared(record):
+    """Return the run of a record, and the layout of its targets."""
+    material = gather(read_runs([record]))
+    return material.runs[0], material.layout
+
+
+def cost(ranks):
+    """Return what ranks of the tiny targets cost."""
+    return sum(rank * COST[name] for name, rank in ranks.items())
 
 
 def decision(step, parameters=None, budget=None, moved=None, changed=None, **rest):

@@ -206,6 +206,9 @@ def attach_partition(
     form = Partition(dominant.to(b.weight.device), rank, supplementary_rank)
     form.split(b.weight.detach())
     install(b, form)
+    for block in learned_tensors(b).values():
+        if not block.numel():
+            block.requires_grad_(False)  # FSDP2 cannot reduce an empty gradient
 
 
 def detach(layer: nn.Module, adapter: str) -> None:
@@ -316,7 +319,8 @@ def _plain_parameter(linear: nn.Linear, form: Form) -> nn.Parameter:
         with torch.no_grad():
             present.copy_(weight)
         return present
-    return nn.Parameter(weight, requires_grad=present.requires_grad)
+    trained = any(tensor.requires_grad for tensor in learned.values())
+    return nn.Parameter(weight, requires_grad=trained)
 
 
 def _set_rank(layer: Any, adapter: str, rank: int) -> None:

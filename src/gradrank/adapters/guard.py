@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradrank.adapters.baking import gathered
 from gradrank.adapters.edits import Drop, Edit, Grow, Shrink
 from gradrank.adapters.optimizers import inner_optimizer, refusals
 from gradrank.adapters.view import LoraSite, adapter_config
@@ -115,7 +116,7 @@ def _parameters(site: LoraSite) -> Iterator[str]:
             yield f"has its factor {factor} on the meta device"
         elif not parameter.is_floating_point():
             yield f"has a quantised factor {factor} ({parameter.dtype})"
-        elif not bool(torch.isfinite(parameter.detach()).all()):
+        elif not bool(torch.isfinite(gathered(parameter)).all()):
             yield f"has NaN or infinite values in its factor {factor}; training has diverged"
 
 
@@ -138,7 +139,7 @@ def _rank(site: LoraSite, edit: Shrink | Grow) -> Iterator[str]:
         yield f"has rank {now} and cannot grow to {edit.rank}"
     elif reserved is not None and edit.rank > reserved:
         yield f"would get rank {edit.rank}, above the rank reserved for it, {reserved}"
-    elif edit.rank > most and edit.rank != now and edit != Shrink(edit.rank, "norm"):
+    elif edit.rank > most and edit.rank != now and getattr(edit, "by", "") != "norm":
         yield f"would get rank {edit.rank}, above min(d_in, d_out), {most}"
     if isinstance(edit, Grow) and edit.sketch is not None:
         shape = tuple(edit.sketch.shape)
@@ -152,8 +153,10 @@ def _setting(
     sites: Mapping[str, LoraSite], optimizer: Any, model: nn.Module | None
 ) -> Iterator[str]:
     """Reasons that lie in how the model is built and trained."""
-    for adapter in {site.adapter for site in sites.values()} if model is not None else ():
-        start = str(getattr(adapter_config(model, adapter), "init_lora_weights", ""))
+    adapters = {site.adapter for site in sites.values()}
+    configs = {name: adapter_config(model, name) for name in adapters} if model is not None else {}
+    for adapter, config in configs.items():
+        start = str(config.init_lora_weights)
         if start.lower().startswith(_RESIDUAL):
             yield (
                 f"adapter '{adapter}' began with init_lora_weights='{start}', which takes the "
@@ -170,7 +173,9 @@ def _setting(
             "the factors are sharded over processes (FSDP2, DTensor), where a parameter cannot "
             "change its shape; call gradrank.reserve(model, ...) before sharding"
         )
-    elif fixed in {"DistributedDataParallel", "DeepSpeed"} or (is_distributed() and optimizer):
+    elif fixed in {"DistributedDataParallel", "DeepSpeed"} or (
+        is_distributed() and optimizer is not None
+    ):
         yield (
             f"the model trains under {fixed or 'several processes'}, where a parameter that is "
             "replaced silently stops being synchronised; call gradrank.reserve(model, ...) before "

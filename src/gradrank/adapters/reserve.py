@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from gradrank.adapters.edits import Drop, Edit, Grow, Shrink
+from gradrank.adapters.factors import check_unmerged, check_whole
 from gradrank.adapters.forms import attach_mask, detach
 from gradrank.adapters.surgery import edit
-from gradrank.adapters.view import adapter_name, lora_sites, sync_config
-from gradrank.core.errors import SurgeryError
+from gradrank.adapters.view import adapter_name, layer_alpha, lora_sites, sync_config
+from gradrank.core.errors import SurgeryError, TargetError, nearest
 
 
 @torch.no_grad()
@@ -28,10 +29,17 @@ def reserve_ranks(
         adapter: Name of the adapter, if several are active.
 
     Raises:
-        SurgeryError: If a layer has a form already, or cannot be widened.
+        SurgeryError: If a layer has a form already or cannot be widened, or a ceiling is for a
+            target that carries no adapter; nothing is changed then.
     """
     adapter = adapter_name(model, adapter)
     sites = lora_sites(model, adapter)
+    unknown = [name for name in ceilings if name not in sites]
+    if unknown:
+        raise SurgeryError(
+            f"ranks are reserved for {len(unknown)} target(s) without a LoRA layer: '{unknown[0]}'"
+            f" is unknown. {nearest(unknown[0], sites)}"
+        )
     masked = [name for name, site in sites.items() if site.masked]
     if masked:
         raise SurgeryError(
@@ -49,8 +57,9 @@ def reserve_ranks(
 def settle(model: nn.Module, adapter: str | None = None) -> Mapping[str, int]:
     """Give masked LoRA layers their real ranks: after training, or between two phases of it.
 
-    The function stays as it is, bitwise. Optimizers and wrappings made before hold parameters
-    that are no longer the model's; make them anew.
+    The weights in use stay as they are, bitwise, and so does the function but for the rounding of
+    a shorter sum. Optimizers and wrappings made before hold parameters that are no longer the
+    model's; make them anew.
 
     Args:
         model: The PEFT model; layers without a mask are left alone.
@@ -58,13 +67,24 @@ def settle(model: nn.Module, adapter: str | None = None) -> Mapping[str, int]:
 
     Returns:
         Rank by target name.
+
+    Raises:
+        SurgeryError: If masked factors are merged or sharded; nothing is changed then.
     """
     adapter = adapter_name(model, adapter)
     sites = lora_sites(model, adapter)
-    for site in sites.values():
-        if site.masked:
-            detach(site.layer, adapter)
-    sync_config(model, adapter)
+    masked = {name: site for name, site in sites.items() if site.masked}
+    for name, site in masked.items():
+        try:
+            check_unmerged(site.layer, adapter)
+            check_whole(adapter, (site.raw("A"), site.raw("B")))
+        except TargetError as error:
+            raise SurgeryError(f"'{name}' cannot be settled: {error}") from error
+    for site in masked.values():
+        detach(site.layer, adapter)
+        site.layer.lora_alpha[adapter] = layer_alpha(site.layer, adapter, site.rank)
+    if masked:
+        sync_config(model, adapter)
     return {name: site.rank for name, site in sites.items()}
 
 

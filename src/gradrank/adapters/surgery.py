@@ -79,23 +79,11 @@ def edit(
     """
     adapter = adapter_name(model, adapter)
     sites = lora_sites(model, adapter)
-    check(sites, edits, optimizer, unsupported(model, adapter))
+    check(sites, edits, optimizer, unsupported(model, adapter), model)
     before = {name: site.rank for name, site in sites.items()}
     used = parameters_in_use(sites)
-    wanted = {name: e for name, e in edits.items() if getattr(e, "rank", 0) != before[name]}
-    ordered = sorted(wanted, key=lambda name: isinstance(wanted[name], Grow))
-    incisions = [_plan(sites[name], wanted[name], seed_of(seed, "grow", name)) for name in ordered]
-    dropped = {name: e for name, e in wanted.items() if isinstance(e, Drop)}
-    reset: list[str] = []
-    inner = inner_optimizer(optimizer)
-    with Rollback() as rollback:
-        rollback.remember_config(model, adapter)
-        replace, fixed = Replace(rollback, model, inner), FixedShape(rollback, inner)
-        for incision in incisions:
-            known = (fixed if incision.site.masked else replace).apply(incision)
-            reset += [] if known else [incision.site.name]
-        sync_config(model, adapter)
-        name_targets(model, adapter, dropped)
+    wanted = {name: e for name, e in edits.items() if _rank_after(e) != before[name]}
+    reset = _operate(model, adapter, sites, wanted, optimizer, seed) if wanted else ()
     if reset:
         warnings.warn(
             f"the optimizer state of {len(reset)} target(s) ('{reset[0]}', ...) has a layout that "
@@ -103,14 +91,43 @@ def edit(
             RuntimeWarning,
             stacklevel=2,
         )
-    after = {i.site.name: i.rank for i in incisions}
-    costs = {name: _cost(sites[name]) for name in after}
+    after = {name: _rank_after(e) for name, e in edits.items()}
+    grown = {name: max(rank - before[name], 0) for name, rank in after.items()}
     return EditReport(
-        {name: (before[name], after.get(name, before[name])) for name in edits},
+        {name: (before[name], rank) for name, rank in after.items()},
         (used, parameters_in_use(lora_sites(model, adapter))),
-        sum(max(rank - before[name], 0) * costs[name] for name, rank in after.items()),
-        tuple(reset),
+        sum(rank * _cost(sites[name]) for name, rank in grown.items() if rank),
+        reset,
     )
+
+
+def _operate(
+    model: nn.Module,
+    adapter: str,
+    sites: Mapping[str, LoraSite],
+    edits: Mapping[str, Edit],
+    optimizer: Any,
+    seed: int,
+) -> tuple[str, ...]:
+    """Make edits that are known to be possible; the targets whose state was reset."""
+    ordered = sorted(edits, key=lambda name: isinstance(edits[name], Grow))
+    inner = None if optimizer is None else inner_optimizer(optimizer)
+    reset = []
+    with Rollback() as rollback:
+        rollback.remember_config(model, adapter)
+        incisions = [_plan(sites[name], edits[name], seed) for name in ordered]
+        replace, fixed = Replace(rollback, model, inner), FixedShape(rollback, inner)
+        for incision in incisions:
+            known = (fixed if incision.site.masked else replace).apply(incision)
+            reset += [] if known else [incision.site.name]
+        sync_config(model, adapter)
+        if any(isinstance(e, Drop) for e in edits.values()):
+            name_targets(model, adapter)
+    return tuple(reset)
+
+
+def _rank_after(edit: Edit) -> int:
+    return 0 if isinstance(edit, Drop) else edit.rank
 
 
 def parameters_in_use(sites: Mapping[str, LoraSite]) -> int:
@@ -137,7 +154,9 @@ def _plan(site: LoraSite, edit: Edit, seed: int) -> Incision:
     A, B = gathered(site.raw("A"))[:rank], gathered(site.raw("B"))[:, :rank]
     if isinstance(edit, Grow):
         count = edit.rank - rank
-        rows = fresh_rows(A, count, seed, edit.sketch).to(A.dtype)
+        # The rank is part of the seed: growing twice shall not give one row twice.
+        own = seed_of(seed, "grow", site.name, rank)
+        rows = fresh_rows(A, count, own, edit.sketch).to(A.dtype)
         columns = B.new_zeros(B.shape[0], count)
         carry = Carry.select(range(rank), fresh=count)
         return Incision(

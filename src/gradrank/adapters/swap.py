@@ -1,7 +1,7 @@
 """Put new factors in place: as new parameters, or inside parameters of a fixed shape."""
 
-import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gradrank.adapters.baking import gathered, sharded_like
 from gradrank.adapters.forms import set_active
 from gradrank.adapters.optimizers import OptimizerChange, carry_state
-from gradrank.adapters.view import PREFIX, LoraSite
-from gradrank.core.errors import GradrankError, SurgeryError
+from gradrank.adapters.view import LoraSite, adapter_config, layer_alpha
+from gradrank.core.errors import SurgeryError
 from gradrank.ops.moments import Carry
 from gradrank.signals.layers import unwrapped
 
@@ -54,13 +54,20 @@ class Rollback:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
+            self._undo.clear()
             return
+        failed = []
         while self._undo:
-            self._undo.pop()()
-        if isinstance(error, Exception) and not isinstance(error, GradrankError):
+            try:
+                self._undo.pop()()
+            except Exception as another:  # the rest has to be undone too
+                failed.append(f"{type(another).__name__}: {another}")
+        if isinstance(error, Exception):
+            state = "was undone; model and optimizer are as they were"
+            if failed:
+                state = f"could not be undone entirely ({'; '.join(failed)}); load a checkpoint"
             raise SurgeryError(
-                "moving capacity failed and was undone; model and optimizer are as they were: "
-                f"{type(error).__name__}: {error}"
+                f"moving capacity failed and {state}: {type(error).__name__}: {error}"
             ) from error
 
     def push(self, undo: Callable[[], object]) -> None:
@@ -78,9 +85,14 @@ class Rollback:
             model: The PEFT model.
             adapter: Name of the adapter.
         """
-        config: Any = unwrapped(model).peft_config[adapter]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-        before = {key: copy.copy(value) for key, value in vars(config).items()}
-        self.push(lambda: vars(config).update(before))
+        held = vars(adapter_config(model, adapter))
+        before = dict(held)
+
+        def undo() -> None:
+            held.clear()
+            held.update(before)
+
+        self.push(undo)
 
 
 class Replace:
@@ -90,8 +102,11 @@ class Replace:
         self._rollback, self._model = rollback, unwrapped(model)
         self._optimizer = optimizer
         self._change = None if optimizer is None else OptimizerChange(optimizer)
+        self._held: set[int] = set()
         if self._change is not None:
             rollback.push(self._change.rollback)
+            groups = self._change.optimizer.param_groups
+            self._held = {id(parameter) for group in groups for parameter in group["params"]}
 
     def apply(self, incision: Incision) -> bool:
         """Put one layer's new factors in place.
@@ -110,6 +125,7 @@ class Replace:
         known = [self._replace(site, factor, incision) for factor in "AB"]
         site.linear("A").out_features = site.linear("B").in_features = incision.rank
         site.layer.r[site.adapter] = incision.rank
+        site.layer.lora_alpha[site.adapter] = layer_alpha(site.layer, site.adapter, incision.rank)
         return all(known)
 
     def _replace(self, site: LoraSite, factor: str, incision: Incision) -> bool:
@@ -117,7 +133,7 @@ class Replace:
         value = incision.values[factor].to(device=old.device, dtype=old.dtype).contiguous()
         new = nn.Parameter(value, requires_grad=old.requires_grad)
         known = True
-        if self._change is not None:
+        if self._change is not None and id(old) in self._held:
             state = dict(self._optimizer.state.get(old, {}))
             carry = incision.carries[factor]
             carried = carry_state(self._optimizer, old, state, carry, AXIS[factor])
@@ -141,14 +157,19 @@ class Replace:
         self._rollback.push(undo)
 
     def _drop(self, site: LoraSite) -> None:
-        prefix = PREFIX if hasattr(self._model, "peft_config") else ""
-        path, _, leaf = (prefix + site.name).rpartition(".")
-        parent = self._model.get_submodule(path)
-        self._rollback.push(lambda: setattr(parent, leaf, site.layer))
+        base = site.layer.get_base_layer()
         factors = [site.raw(factor) for factor in "AB"]
-        setattr(parent, leaf, site.layer.get_base_layer())
-        if self._change is not None:
-            for parameter in factors:
+        places = [
+            (parent, leaf)
+            for parent in self._model.modules()
+            for leaf, child in parent._modules.items()
+            if child is site.layer
+        ]
+        for parent, leaf in places:
+            self._rollback.push(functools.partial(setattr, parent, leaf, site.layer))
+            setattr(parent, leaf, base)
+        for parameter in factors:
+            if self._change is not None and id(parameter) in self._held:
                 self._change.remove(parameter)
 
 
@@ -172,15 +193,14 @@ class FixedShape:
             Whether the optimizer's state could be carried.
         """
         site, before = incision.site, incision.site.rank
-        alpha = site.layer.lora_alpha[site.adapter]
         known = True
         for factor in "AB":
             raw, axis = site.raw(factor), AXIS[factor]
             carry = _widened(incision.carries[factor], before, raw.shape[axis])
             known &= self._carry(raw, carry, axis)
             self._overwrite(raw, _padded(incision.values[factor], raw.shape[axis], axis))
+            self._rollback.push(functools.partial(setattr, raw, "grad", raw.grad))
             raw.grad = None
-        self._rollback.push(lambda: site.layer.lora_alpha.__setitem__(site.adapter, alpha))
         self._rollback.push(lambda: set_active(site.layer, site.adapter, before))
         set_active(site.layer, site.adapter, incision.rank)
         return known
