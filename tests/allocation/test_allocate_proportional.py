@@ -233,38 +233,34 @@ def near(now, delta, r_min, r_max, targets):
 
 
 def within_problems(count, seed):
+    """Problems with ranks in use, a largest move, and the ranges that follow from both."""
     draw = random.Random(seed)
-    for targets, scores, budget, r_min, r_max in problems(count, seed):
+    for targets, scores, given_budget, r_min, r_max in problems(count, seed):
         low, high = bounds_of(targets, r_min, r_max)
         now = {t.name: draw.randint(low[t.name], high[t.name]) for t in targets}
-        budget = max(budget, parameters(now, targets))
-        ranges = near(now, draw.choice([0, 1, 2]), r_min, r_max, targets)
-        # A target without score falls to the bottom of its range.
-        floor = {n: ranges[n][0] for n in now}
-        if any(floor.values()):
-            yield targets, scores, budget, r_min, r_max, now, ranges
+        delta = draw.choice([0, 1, 2])
+        ranges = near(now, delta, r_min, r_max, targets)
+        budget = max(given_budget, parameters(now, targets))
+        if any(bottom for bottom, _ in ranges.values()):
+            yield targets, scores, budget, r_min, r_max, now, delta, ranges
 
 
 def test_within_equals_the_one_by_one_twin():
     tried = 0
-    for targets, scores, budget, r_min, r_max, now, ranges in within_problems(300, seed=4):
+    for targets, scores, budget, r_min, r_max, now, delta, ranges in within_problems(300, seed=4):
         total = sum(scores.values())
         shares = {name: Fraction(score, total) for name, score in scores.items()}
-        delta = max(abs(now[n] - end) for n, both in ranges.items() for end in both)
-        exact = {n for n, both in ranges.items() if both[0] <= now[n] <= both[1]}
-        assert exact == set(now)
         most = 99 if r_max is None else r_max
         settings = dynamic.Settings(budget, r_min=r_min, r_max=most, max_delta=delta)
-        clipped = near(now, delta, r_min, r_max, targets)
         expected = dynamic.allocate(targets, shares, now, settings)
-        options = {"r_min": r_min, "r_max": r_max, "within": clipped}
+        options = {"r_min": r_min, "r_max": r_max, "within": ranges}
         assert proportional(targets, scores, budget, **options) == expected
         tried += 1
     assert tried > 150
 
 
 def test_within_keeps_the_ranges_and_spends_no_more_than_they_allow():
-    for targets, scores, budget, r_min, r_max, _, ranges in within_problems(200, seed=5):
+    for targets, scores, budget, r_min, r_max, _, _, ranges in within_problems(200, seed=5):
         options = {"r_min": r_min, "r_max": r_max, "within": ranges}
         ranks = proportional(targets, scores, budget, **options)
         assert all(ranges[name][0] <= rank <= ranges[name][1] for name, rank in ranks.items())

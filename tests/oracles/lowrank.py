@@ -8,7 +8,7 @@ def best_approximation(A: Tensor, B: Tensor, rank: int) -> Tensor:
     """The rank-k matrix nearest to B A (Eckart and Young), by the SVD of the product."""
     left, values, right = torch.linalg.svd(B.double() @ A.double(), full_matrices=False)
     total = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64)
-    for i in range(rank):
+    for i in range(min(rank, len(values))):
         total += values[i] * torch.outer(left[:, i], right[i])
     return total
 
@@ -27,7 +27,7 @@ def first_components(A: Tensor, B: Tensor, rank: int) -> Tensor:
 def outer_directions(G: Tensor, A: Tensor, count: int) -> Tensor:
     """Leading right singular directions of a gradient outside the span of the rows of A."""
     basis = torch.linalg.svd(A.double(), full_matrices=False)
-    span = basis.Vh[basis.S > 1e-9 * basis.S[0]]
+    span = basis.Vh[basis.S / basis.S[0] > 1e-9]
     projector = torch.eye(A.shape[1], dtype=torch.float64) - span.T @ span
     return torch.linalg.svd(G.double() @ projector, full_matrices=False).Vh[:count]
 

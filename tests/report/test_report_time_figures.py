@@ -102,6 +102,17 @@ def test_energy_is_logarithmic_and_without_gradient_empty():
     assert "At step 30 the strongest target has 24 times" in figure.headline
 
 
+def test_a_window_without_gradient_leaves_a_gap():
+    energies = (0.5, 0.0, 0.5, 0.5)
+    told = [cases.decision(10 * i + 10, energy={Q0: e}) for i, e in enumerate(energies)]
+    figure = energy_map(*prepared(cases.tiny(ENTRIES, told)))
+    (path,) = re.findall(r'<path d="([^"]*)"[^>]*stroke-width:0.8;stroke-linejoin', figure.svg)
+    boxes = [tuple(map(float, b)) for b in re.findall(r"M(\S+) \S+?H(\S+?)V", path)]
+    (first, end), (again, last) = boxes
+    assert again - end == pytest.approx(end - first, abs=0.05)  # one column is missing
+    assert last - again == pytest.approx(2 * (end - first), abs=0.05)  # and two are drawn as one
+
+
 def test_the_budget_is_drawn_from_the_ranks_where_nothing_is_told():
     figure = budget_course(prepared(cases.tiny(ENTRIES))[0])
     used = [cost(ranks) for _, ranks in ENTRIES]

@@ -38,7 +38,7 @@ POINTS = {
     "marker": (3, 4),
     "sealed": (4, STEPS),
 }
-METHOD = {"interval": 2, "window": 2, "energy": 0.5, "sketch_dim": 8, "max_delta": 2}
+METHOD = {"interval": 2, "window": 4, "energy": 0.6, "sketch_dim": 8, "max_delta": 2}
 
 
 class Sentences(Dataset):

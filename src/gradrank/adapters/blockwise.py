@@ -132,7 +132,7 @@ def is_paged(optimizer: Any, parameter: Tensor) -> bool:
 
 
 def is_overridden(optimizer: Any, parameter: Tensor) -> bool:
-    """Tell whether bitsandbytes holds options by the parameter's id or position, which edits change.
+    """Tell whether options hang on a parameter's id or position, which edits change.
 
     Args:
         optimizer: The optimizer.
