@@ -106,7 +106,9 @@ def everything(model: Any, optimizer: Any = None) -> dict[str, Any]:
     for name, made in model.peft_config.items():
         found["config"][name] = copy.deepcopy(vars(made))
     for name, layer in layers(model).items():
-        kept = {key: dict(getattr(layer, key)) for key in ("r", "lora_alpha", "scaling")}
+        kept: dict[str, Any] = {
+            key: dict(getattr(layer, key)) for key in ("r", "lora_alpha", "scaling")
+        }
         linears = [*layer.lora_A.values(), *layer.lora_B.values()]
         kept["shapes"] = [(lin.in_features, lin.out_features) for lin in linears]
         found["layers"][name] = kept

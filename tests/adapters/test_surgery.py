@@ -49,7 +49,8 @@ def test_permuting_components_leaves_the_logits(case: Case) -> None:
             site.raw("B").copy_(site.raw("B")[:, order])
     assert distance(logits(model, case), before) < 1e-6
     with torch.no_grad():
-        site.raw("A").copy_(site.raw("A").flip(0))
+        for site in sites(model).values():  # a broken twin: one factor alone
+            site.raw("A").copy_(site.raw("A").flip(0))
     assert distance(logits(model, case), before) > 1e-6
 
 
@@ -76,14 +77,15 @@ def gradient_of(model: Any, name: str, case: Case) -> Tensor:
     """The dense gradient of a target's weight, from its inputs and output gradients."""
     layer = sites(model)[name].layer
     seen: list[Tensor] = []
-    hooks = [
-        layer.register_forward_hook(lambda m, a, out: seen.append(a[0].detach())),
-        layer.register_full_backward_hook(lambda m, i, out: seen.append(out[0].detach())),
-    ]
+
+    def observe(_module: Any, inputs: Any, output: Tensor) -> None:
+        seen.append(inputs[0].detach())
+        output.register_hook(seen.append)
+
+    hook = layer.register_forward_hook(observe)
     model(**batches(case, 1)[0]).loss.backward()
     model.zero_grad()
-    for hook in hooks:
-        hook.remove()
+    hook.remove()
     return seen[1].flatten(0, 1).double().T @ seen[0].flatten(0, 1).double()
 
 
@@ -91,9 +93,10 @@ def gradient_of(model: Any, name: str, case: Case) -> Tensor:
 def test_growth_leaves_the_logits(case: Case, directions: str) -> None:
     model, optimizer = trained(case)
     before = logits(model, case)
-    state = torch.get_rng_state()
     edits = {}
     for index, (name, site) in enumerate(sites(model).items()):
+        if name == "classifier":  # three outputs: no room for a fifth direction
+            continue
         sketch = torch.randn(9, site.raw("A").shape[1]) if directions == "gradient" else None
         edits[name] = gr.Grow(5 + index % 3, sketch)
     state = torch.get_rng_state()
@@ -102,11 +105,13 @@ def test_growth_leaves_the_logits(case: Case, directions: str) -> None:
     # The products gain exact zeros; a matrix product of another length may round otherwise.
     assert distance(logits(model, case), before) < 1e-6
     for name, site in sites(model).items():
+        if name == "classifier":
+            continue
         assert site.rank == edits[name].rank
         assert not site.raw("B").detach()[:, 4:].any()
         norms = site.raw("A").detach().norm(dim=1)
-        assert float(norms[4:].std()) < 1e-5
-        assert float(norms[4]) == pytest.approx(float(norms[:4].square().mean()) ** 0.5, rel=1e-5)
+        old = norms[:4].square().mean().sqrt()
+        torch.testing.assert_close(norms[4:], old.expand_as(norms[4:]))
 
 
 @pytest.mark.parametrize("name", [Q, DOWN])
@@ -148,6 +153,19 @@ def test_shrinking_keeps_the_best_approximation(case: Case, rank: int) -> None:
         )
         worse += float((oracle.first_components(A, B, rank) - best).norm()) > 0.1 * size
     assert worse > len(before) / 2, "a broken twin has to be caught"
+
+
+def test_a_rank_above_the_width_can_fall_step_by_step() -> None:
+    model, optimizer = trained(rank=40)  # the inputs are 32 wide
+    before = logits(model)
+    whole = product(sites(model)[Q])
+    gr.edit(model, {Q: gr.Shrink(38)}, optimizer)
+    assert sites(model)[Q].raw("A").shape == (38, 32)
+    assert not sites(model)[Q].raw("B").detach()[:, 32:].any()
+    torch.testing.assert_close(product(sites(model)[Q]), whole)
+    assert distance(logits(model), before) < 1e-6
+    gr.edit(model, {Q: gr.Shrink(31)}, optimizer)
+    train(model, optimizer, LLAMA)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -192,11 +210,11 @@ def test_moments_rotate_with_the_gradients(name: str) -> None:
 
 
 KINDS = {
-    "grow": lambda i, site: gr.Grow(4 + i % 3),
+    "grow": lambda i, _site: gr.Grow(4 + i % 3),
     "sketch": lambda i, site: gr.Grow(5 + i % 2, torch.randn(6, site.raw("A").shape[1])),
-    "norm": lambda i, site: gr.Shrink(1 + i % 4, "norm"),
-    "svd": lambda i, site: gr.Shrink(1 + i % 4),
-    "mixed": lambda i, site: (gr.Drop(), gr.Grow(6), gr.Shrink(2), gr.Shrink(3, "norm"))[i % 4],
+    "norm": lambda i, _site: gr.Shrink(1 + i % 4, "norm"),
+    "svd": lambda i, _site: gr.Shrink(1 + i % 4),
+    "mixed": lambda i, _site: (gr.Drop(), gr.Grow(6), gr.Shrink(2), gr.Shrink(3, "norm"))[i % 4],
 }
 
 
@@ -312,9 +330,7 @@ def test_carries_of_the_wrong_kind_would_be_seen(monkeypatch: pytest.MonkeyPatch
     """The comparison with a model built that way catches moments that did not follow."""
     model, optimizer = trained()
     wrong = Carry.select
-    monkeypatch.setattr(
-        Carry, "select", classmethod(lambda cls, kept, **k: wrong(list(kept)[::-1], **k))
-    )
+    monkeypatch.setattr(Carry, "select", lambda kept, **k: wrong(list(kept)[::-1], **k))
     old = {f: sites(model)[Q].raw(f) for f in "AB"}
     held = optimizer.state[old["A"]]["exp_avg"]
     gr.edit(model, {Q: gr.Shrink(3, "norm")}, optimizer)

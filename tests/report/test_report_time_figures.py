@@ -47,6 +47,7 @@ def test_every_cell_of_the_map_has_its_place_and_colour():
     ):
         boxes = re.findall(r"M(\S+) (\S+?)H(\S+?)V(\S+?)H\1z", path)
         found[fill] = [tuple(map(float, box)) for box in boxes]
+    assert {round(abs(b[3] - b[1])) for f in found.values() for b in f} == {18}
     left, right = (
         min(b[0] for f in found.values() for b in f),
         max(b[2] for f in found.values() for b in f),

@@ -51,7 +51,7 @@ def train(
     accumulate: int = 1,
     around: Callable[[], Any] = contextlib.nullcontext,
 ) -> list[float]:
-    """Ordinary training steps; the window, if there is one, is open throughout."""
+    """Ordinary training steps; the window, if there is one, is open until they end."""
     optimizer = optimizer or sgd(model)
     losses = []
     for step, start in enumerate(range(0, len(data), accumulate), 1):
@@ -66,6 +66,8 @@ def train(
         optimizer.zero_grad()
         if watch:
             watch.end_step(step)
+    if watch:
+        watch.close()
     return losses
 
 
@@ -93,14 +95,13 @@ def test_training_steps_show_what_a_measurement_of_the_same_batches_shows(
     model = adapted()
     watch = window_on(model, signal, size=8)
     train(model, DATA, watch, accumulate=accumulate)
-    watch.close()
     wanted = measured(model, DATA, signal, accumulate=accumulate)
     same_grams(watch.measurement(), wanted, 0.0 if signal is DENSE else 1e-6)
 
 
 def checkpointed(reentrant: bool) -> nn.Module:
     model: Any = adapted()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     return model
 
@@ -113,7 +114,6 @@ def test_gradient_checkpointing_shows_the_same_gradients_once(
     model = checkpointed(reentrant)
     watch = window_on(model, signal)
     train(model, DATA[:4], watch)
-    watch.close()
     same_grams(watch.measurement(), measured(adapted(), DATA[:4], signal), 1e-6)
 
 
@@ -125,7 +125,6 @@ def test_autocast_shows_what_a_measurement_under_autocast_shows(signal: gr.Spect
     model = adapted()
     watch = window_on(model, signal)
     train(model, DATA[:4], watch, around=around)
-    watch.close()
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         with around():
@@ -139,7 +138,6 @@ def test_a_model_in_bfloat16_is_observed_like_it_is_measured() -> None:
     model = adapted(torch.bfloat16)
     watch = window_on(model, DENSE)
     train(model, DATA[:4], watch)
-    watch.close()
     same_grams(watch.measurement(), measured(model, DATA[:4], DENSE), 0.0)
 
 
@@ -266,35 +264,37 @@ def test_the_oldest_mini_batch_makes_room_for_the_newest() -> None:
         same_grams(watch.measurement(), measured(model, kept, DENSE), 0.0)
 
 
-def spoilt(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch whose loss, and so every gradient, is not finite."""
-    return batch | {"labels": torch.full_like(batch["labels"], -100)}
+def step_with(watch: Window, model: nn.Module, step: int, spoil: bool) -> bool:
+    """One mini-batch, its gradients overflowing if asked for; whether it was kept."""
+    watch.open()
+    (model(**DATA[step]).loss * (float("inf") if spoil else 1.0)).backward()
+    kept = watch.end_step(step)
+    watch.close()
+    return kept
 
 
 def test_batches_that_are_not_finite_are_left_out_counted_and_still_take_their_place() -> None:
     model = adapted()
     watch = window_on(model, DENSE, size=3, directions=True)
-    order = [DATA[0], spoilt(DATA[1]), DATA[2]]
-    watch.open()
-    for step, batch in enumerate(order, 1):
-        model(**batch).loss.backward()
-        assert watch.end_step(step) is (step != 2)
+    assert [step_with(watch, model, i, spoil=i == 1) for i in range(3)] == [True, False, True]
     assert watch.dropped == 1
     same_grams(watch.measurement(), measured(model, [DATA[0], DATA[2]], DENSE), 0.0)
     # Another one pushes the first batch out, although nothing took its place.
-    model(**spoilt(DATA[3])).loss.backward()
-    assert not watch.end_step(4)
+    assert not step_with(watch, model, 3, spoil=True)
+    assert watch.dropped == 2
     same_grams(watch.measurement(), measured(model, [DATA[2]], DENSE), 0.0)
-    assert all(torch.isfinite(part).all() for part in watch.directions().values())
+    sketches = watch.directions()
+    assert sketches
+    assert all(torch.isfinite(part).all() for part in sketches.values())
 
 
 def test_a_window_without_any_finite_batch_is_an_error() -> None:
     model = adapted()
     watch = window_on(model, size=2)
     train(model, DATA[:2], watch)
-    for step in (3, 4):
-        model(**spoilt(DATA[step])).loss.backward()
-        watch.end_step(step)
+    assert not step_with(watch, model, 3, spoil=True)
+    assert watch.measurement().batches == 1
+    assert not step_with(watch, model, 4, spoil=True)
     with pytest.raises(gr.MeasurementError, match=r"none of the observed .*\(2 left out\)"):
         watch.measurement()
     with pytest.raises(gr.MeasurementError, match="none of the observed"):
@@ -306,7 +306,9 @@ def test_a_step_that_shows_no_gradient_is_an_error_each_time() -> None:
     watch = window_on(model)
     with pytest.raises(gr.MeasurementError, match="no output gradient arrived at any of the 8"):
         watch.end_step(1)
-    train(model, DATA[:1], watch)
+    watch.open()
+    model(**DATA[0]).loss.backward()
+    assert watch.end_step(1)
     with torch.no_grad():
         model(**DATA[1])
     with pytest.raises(gr.MeasurementError, match=r"targets in step 2\. Check that the model"):
@@ -324,8 +326,9 @@ def test_what_arrives_after_closing_does_not_spill_into_the_next_window() -> Non
     same_grams(watch.measurement(), measured(model, DATA[:2], DENSE), 0.0)
     clean = window_on(model, directions=True)
     train(model, DATA[:2], clean)
-    for name, part in watch.directions().items():
-        assert torch.equal(part, clean.directions()[name]) or name in clean.state()
+    wanted = clean.directions()
+    assert wanted
+    assert all(torch.equal(part, wanted[name]) for name, part in watch.directions().items())
 
 
 # --- directions to grow into -------------------------------------------------------------------
@@ -336,7 +339,6 @@ def test_directions_are_one_sided_sketches_of_the_summed_gradients() -> None:
     dense, watch = window_on(model, DENSE), window_on(model, directions=True)
     train(model, DATA[:3], dense)
     rows = {n: t.double() for n, t in dense.state().items() if n.startswith("rows/")}
-    dense.close()
     train(model, DATA[:3], watch)
     sketches = watch.directions()
     for target in watch.targets:
@@ -371,14 +373,10 @@ def test_a_window_restored_half_full_goes_on_as_if_nothing_had_happened(
 ) -> None:
     model = adapted()
     whole = window_on(model, signal, size=3, directions=True)
-    order = [DATA[0], spoilt(DATA[1]), DATA[2], DATA[3]]
     first, state = window_on(model, signal, size=3, directions=True), {}
-    for step, batch in enumerate(order, 1):
+    for step in range(4):
         for watch in (whole, first):
-            watch.open()
-            model(**batch).loss.backward()
-            watch.end_step(step)
-            watch.close()
+            step_with(watch, model, step, spoil=step == 1)
         state = {key: tensor.clone() for key, tensor in first.state().items()}
         first = window_on(model, signal, size=3, directions=True)
         first.restore(state)

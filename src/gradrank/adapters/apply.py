@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from gradrank.adapters.config import lora_config
+from gradrank.adapters.view import lora_sites
 from gradrank.core.errors import PlanError, TargetError
 from gradrank.core.plan import Plan
 from gradrank.signals.layers import find_sites
@@ -51,6 +52,8 @@ def apply_plan(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: 
 def adapter_ranks(model: nn.Module, adapter: str = "default") -> dict[str, int]:
     """Return the LoRA rank of every adapted module, by its name in the base model.
 
+    Under a component mask it is the number of components in use.
+
     Args:
         model: A PEFT model.
         adapter: Name of the adapter.
@@ -58,11 +61,12 @@ def adapter_ranks(model: nn.Module, adapter: str = "default") -> dict[str, int]:
     Returns:
         Rank per module, in model order.
     """
-    return {
+    ranks = {
         name.removeprefix("base_model.model."): int(layer.r[adapter])
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and adapter in layer.r
     }
+    return ranks | {name: site.rank for name, site in lora_sites(model, adapter).items()}
 
 
 def count_trainable(model: nn.Module) -> dict[str, int]:

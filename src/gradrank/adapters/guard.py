@@ -23,6 +23,7 @@ def check(
     optimizer: Any = None,
     impossible: Mapping[str, str] | None = None,
     model: nn.Module | None = None,
+    beyond: bool = False,
 ) -> None:
     """Refuse edits that cannot be made, with every reason at once.
 
@@ -32,6 +33,8 @@ def check(
         optimizer: The optimizer that holds the factors, or None if none exists yet.
         impossible: Layers that can never be edited, with the reason.
         model: The model as it is trained, for what lies in its wrapping and PEFT's configuration.
+        beyond: Whether a rank may grow above ``min(d_in, d_out)``, which is waste, but what a
+            checkpoint may hold.
 
     Raises:
         SurgeryError: Naming every reason; nothing has been changed.
@@ -40,7 +43,7 @@ def check(
     found: list[tuple[str, str]] = []
     for name, edit in edits.items():
         if name in sites:
-            found += [(name, why) for why in _layer(sites[name], edit)]
+            found += [(name, why) for why in _layer(sites[name], edit, beyond)]
         else:
             why = impossible.get(name, f"carries no LoRA adapter. {nearest(name, sites)}")
             found.append((name, why))
@@ -80,7 +83,7 @@ def _trained(sites: Mapping[str, LoraSite], optimizer: Any) -> dict[str, nn.Para
     return {name: p for name, p in factors.items() if p.requires_grad or id(p) in held}
 
 
-def _layer(site: LoraSite, edit: Edit) -> Iterator[str]:
+def _layer(site: LoraSite, edit: Edit, beyond: bool) -> Iterator[str]:
     """Reasons of one layer."""
     layer, adapter = site.layer, site.adapter
     if adapter in layer.merged_adapters:
@@ -100,7 +103,7 @@ def _layer(site: LoraSite, edit: Edit) -> Iterator[str]:
     elif isinstance(edit, Drop):
         yield from _drop(site)
     else:
-        yield from _rank(site, edit)
+        yield from _rank(site, edit, beyond)
 
 
 def _parameters(site: LoraSite) -> Iterator[str]:
@@ -127,7 +130,7 @@ def _drop(site: LoraSite) -> Iterator[str]:
         yield f"carries other adapters too ({', '.join(sorted(site.layer.r))})"
 
 
-def _rank(site: LoraSite, edit: Shrink | Grow) -> Iterator[str]:
+def _rank(site: LoraSite, edit: Shrink | Grow, beyond: bool) -> Iterator[str]:
     now, width = site.rank, site.raw("A").shape[1]
     most = min(width, site.raw("B").shape[0])
     reserved = site.raw("A").shape[0] if site.masked else None
@@ -139,7 +142,7 @@ def _rank(site: LoraSite, edit: Shrink | Grow) -> Iterator[str]:
         yield f"has rank {now} and cannot grow to {edit.rank}"
     elif reserved is not None and edit.rank > reserved:
         yield f"would get rank {edit.rank}, above the rank reserved for it, {reserved}"
-    elif edit.rank > most and edit.rank != now and getattr(edit, "by", "") != "norm":
+    elif isinstance(edit, Grow) and edit.rank > max(most, now) and not beyond:
         yield f"would get rank {edit.rank}, above min(d_in, d_out), {most}"
     if isinstance(edit, Grow) and edit.sketch is not None:
         shape = tuple(edit.sketch.shape)

@@ -9,8 +9,15 @@ from torch import nn
 from gradrank.adapters.edits import Drop, Edit, Grow, Shrink
 from gradrank.adapters.factors import check_unmerged, check_whole
 from gradrank.adapters.forms import attach_mask, detach
-from gradrank.adapters.surgery import edit
-from gradrank.adapters.view import adapter_name, layer_alpha, lora_sites, sync_config
+from gradrank.adapters.guard import check
+from gradrank.adapters.surgery import edit, make_edits
+from gradrank.adapters.view import (
+    adapter_name,
+    layer_alpha,
+    lora_sites,
+    sync_config,
+    unsupported,
+)
 from gradrank.core.errors import SurgeryError, TargetError, nearest
 
 
@@ -93,6 +100,9 @@ def refit(
 ) -> None:
     """Give LoRA layers other ranks whose values will be loaded next.
 
+    The optimizer's state follows where its layout is known, and begins afresh elsewhere, without
+    a warning: it will be loaded too.
+
     Args:
         model: The PEFT model.
         ranks: Rank by target name; a target that is missing is dropped.
@@ -107,5 +117,6 @@ def refit(
             edits[name] = Drop()
         elif rank != site.rank:
             edits[name] = Shrink(rank, by="norm") if rank < site.rank else Grow(rank)
-    if edits:
-        edit(model, edits, optimizer, adapter=adapter)
+    impossible = unsupported(model, adapter)
+    check(lora_sites(model, adapter), edits, optimizer, impossible, model, beyond=True)
+    make_edits(model, adapter, edits, optimizer)

@@ -1,15 +1,16 @@
 """Surgery on live LoRA layers: ranks change for real, with the optimizer, all or nothing."""
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradrank.adapters.baking import gathered
-from gradrank.adapters.edits import Drop, Edit, Grow, Shrink
+from gradrank.adapters.edits import Drop, Edit, Grow
 from gradrank.adapters.guard import check
 from gradrank.adapters.optimizers import inner_optimizer
 from gradrank.adapters.swap import FixedShape, Incision, Replace, Rollback
@@ -43,7 +44,6 @@ class EditReport:
     reset: tuple[str, ...] = ()
 
 
-@torch.no_grad()
 def edit(
     model: nn.Module,
     edits: Mapping[str, Edit],
@@ -80,18 +80,40 @@ def edit(
     adapter = adapter_name(model, adapter)
     sites = lora_sites(model, adapter)
     check(sites, edits, optimizer, unsupported(model, adapter), model)
-    before = {name: site.rank for name, site in sites.items()}
-    used = parameters_in_use(sites)
-    wanted = {name: e for name, e in edits.items() if _rank_after(e) != before[name]}
-    reset = _operate(model, adapter, sites, wanted, optimizer, seed) if wanted else ()
-    if reset:
+    report = make_edits(model, adapter, edits, optimizer, seed)
+    if report.reset:
         warnings.warn(
-            f"the optimizer state of {len(reset)} target(s) ('{reset[0]}', ...) has a layout that "
-            f"gradrank does not know ({type(optimizer).__name__}); it starts afresh there.",
+            f"the optimizer state of {len(report.reset)} target(s) ('{report.reset[0]}', ...) has "
+            f"a layout that gradrank does not know ({type(optimizer).__name__}); it starts afresh "
+            "there.",
             RuntimeWarning,
             stacklevel=2,
         )
-    after = {name: _rank_after(e) for name, e in edits.items()}
+    return report
+
+
+@torch.no_grad()
+def make_edits(
+    model: nn.Module, adapter: str, edits: Mapping[str, Edit], optimizer: Any, seed: int = 0
+) -> EditReport:
+    """Make edits that the guard has let through; see :func:`edit`.
+
+    Args:
+        model: The PEFT model.
+        adapter: Name of the adapter.
+        edits: Edits by target name.
+        optimizer: The optimizer, or None.
+        seed: Seed of random new rows.
+
+    Returns:
+        What was done.
+    """
+    sites = lora_sites(model, adapter)
+    before = {name: site.rank for name, site in sites.items()}
+    used = parameters_in_use(sites)
+    after = {name: 0 if isinstance(e, Drop) else e.rank for name, e in edits.items()}
+    wanted = {name: e for name, e in edits.items() if after[name] != before[name]}
+    reset = _operate(model, adapter, sites, wanted, optimizer, seed) if wanted else ()
     grown = {name: max(rank - before[name], 0) for name, rank in after.items()}
     return EditReport(
         {name: (before[name], rank) for name, rank in after.items()},
@@ -112,7 +134,7 @@ def _operate(
     """Make edits that are known to be possible; the targets whose state was reset."""
     ordered = sorted(edits, key=lambda name: isinstance(edits[name], Grow))
     inner = None if optimizer is None else inner_optimizer(optimizer)
-    reset = []
+    reset: list[str] = []
     with Rollback() as rollback:
         rollback.remember_config(model, adapter)
         incisions = [_plan(sites[name], edits[name], seed) for name in ordered]
@@ -124,10 +146,6 @@ def _operate(
         if any(isinstance(e, Drop) for e in edits.values()):
             name_targets(model, adapter)
     return tuple(reset)
-
-
-def _rank_after(edit: Edit) -> int:
-    return 0 if isinstance(edit, Drop) else edit.rank
 
 
 def parameters_in_use(sites: Mapping[str, LoraSite]) -> int:
@@ -152,33 +170,32 @@ def _plan(site: LoraSite, edit: Edit, seed: int) -> Incision:
         return Incision(site, 0)
     rank = site.rank
     A, B = gathered(site.raw("A"))[:rank], gathered(site.raw("B"))[:, :rank]
+    # The rank is part of the seed: growing twice shall not give one row twice.
+    seed = seed_of(seed, "grow", site.name, rank)
     if isinstance(edit, Grow):
-        count = edit.rank - rank
-        # The rank is part of the seed: growing twice shall not give one row twice.
-        own = seed_of(seed, "grow", site.name, rank)
-        rows = fresh_rows(A, count, own, edit.sketch).to(A.dtype)
-        columns = B.new_zeros(B.shape[0], count)
-        carry = Carry.select(range(rank), fresh=count)
-        return Incision(
-            site,
-            edit.rank,
-            {"A": torch.cat([A, rows]), "B": torch.cat([B, columns], 1)},
-            {"A": carry, "B": carry},
-        )
-    return _shrunk(site, edit, A, B)
-
-
-def _shrunk(site: LoraSite, edit: Shrink, A: Tensor, B: Tensor) -> Incision:
+        carry = Carry.select(range(rank), fresh=edit.rank - rank)
+        return _grown(Incision(site, rank, {"A": A, "B": B}, {"A": carry, "B": carry}), edit, seed)
     if edit.by == "norm":
         kept = strongest(A, B, edit.rank)
         carry = Carry.select(kept)
         index = torch.tensor(kept, device=A.device)
         kept_factors = {"A": A.index_select(0, index), "B": B.index_select(1, index)}
         return Incision(site, edit.rank, kept_factors, {"A": carry, "B": carry})
-    cut = truncate(A, B, edit.rank)
-    return Incision(
-        site,
-        edit.rank,
-        {"A": cut.A.to(A.dtype), "B": cut.B.to(B.dtype)},
-        {"A": Carry.rotate(cut.to_a), "B": Carry.rotate(cut.to_b)},
-    )
+    found = min(edit.rank, A.shape[1])  # a rank above d_in has rows to spare
+    cut = truncate(A, B, found)
+    factors = {"A": cut.A.to(A.dtype), "B": cut.B.to(B.dtype)}
+    fresh = edit.rank - found
+    carries = {"A": Carry.rotate(cut.to_a, fresh), "B": Carry.rotate(cut.to_b, fresh)}
+    return _grown(Incision(site, found, factors, carries), Grow(edit.rank), seed)
+
+
+def _grown(incision: Incision, edit: Grow, seed: int) -> Incision:
+    """Append new rows to A and zeros to B, if there are fewer components than wanted."""
+    A, B = incision.values["A"], incision.values["B"]
+    count = edit.rank - incision.rank
+    if not count:
+        return incision
+    rows = fresh_rows(A, count, seed, edit.sketch).to(A.dtype)
+    columns = B.new_zeros(B.shape[0], count)
+    values = {"A": torch.cat([A, rows]), "B": torch.cat([B, columns], 1)}
+    return dataclasses.replace(incision, rank=edit.rank, values=values)

@@ -145,6 +145,12 @@ def run_lines(record: RunRecord) -> list[str]:
     other = counts.get("other")
     more = f" and {other:,} of the task head" if other else ""
     lines = [f"trained {counts.get('final', 0):,} adapter parameters{more}"]
+    if record.decisions:
+        moved = sum(int(decision.get("moved") or 0) for decision in record.decisions)
+        lines.append(
+            f"capacity: {moved:,} parameters moved in {len(record.decisions)} decisions, never "
+            f"more than {counts.get('peak', 0):,} in use"
+        )
     if metrics:
         lines.append(
             "evaluation: "

@@ -71,9 +71,8 @@ def energy_map(run: Run, layout: Layout, suffix: str = "") -> Figure | None:
         between decisions), ``cells`` (log10; None where there was no gradient).
     """
     history = run.history
-    known = (
-        [d for d in history.decisions if any(v > 0 for v in d.energy.values())] if history else []
-    )
+    # A window in which nothing had a gradient is a gap in the map, not a window less.
+    known = [d for d in history.decisions if d.energy] if history else []
     if not known:
         return None
     rows = lanes(list(dict.fromkeys(name for d in known for name in d.energy)), layout)

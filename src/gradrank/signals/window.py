@@ -1,5 +1,6 @@
 """A sliding window over the mini-batches of training, observed while they train the model."""
 
+import contextlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -110,7 +111,10 @@ class Window:
         """Install the hooks for the coming mini-batch; nothing happens if they are there."""
         if self._observer is None:
             # A backward pass after the last close may have left something.
-            self._take(0)
+            with contextlib.suppress(MeasurementError):
+                self._probe.take_batch(0)
+            if self._directions is not None:
+                self._directions.end_batch(keep=False)
             probes = [self._probe, *([self._directions] if self._directions else [])]
             self._observer = Observer(self._sites, probes).__enter__()
 
