@@ -200,21 +200,44 @@ def prepare_trainer(trainer: Any) -> Any:
     callback = found[0] if found else None
     if callback is not None:
         callback.attach(trainer.model, trainer.args)
-    _wrap_train(trainer, callback)
-    _wrap_loading(trainer, callback)
+    _wrap(trainer, callback)
     trainer._gradrank_prepared = True
     return trainer
 
 
-def _wrap_train(trainer: Any, callback: CapacityCallback | None) -> None:
-    train = trainer.train
+def _wrap(trainer: Any, callback: CapacityCallback | None) -> None:
+    train, load, load_best = trainer.train, trainer._load_from_checkpoint, trainer._load_best_model
 
-    def wrapped(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def adapter() -> str:
+        return adapter_name(trainer.model, callback.adapter if callback else None)
+
+    def refit_to(folder: Path) -> None:
+        optimizer = None if wrapping(trainer.model, trainer.optimizer) else trainer.optimizer
+        refit(trainer.model, sidecar.stored_ranks(folder), optimizer, adapter())
+
+    def prepared(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint and callback is not None:
             resume_from_checkpoint = _whole(resume_from_checkpoint, Path(trainer.args.output_dir))
+            refit_to(Path(resume_from_checkpoint))
+            callback.resume_from = Path(resume_from_checkpoint)
         return train(resume_from_checkpoint, *args, **kwargs)
 
-    trainer.train = wrapped
+    def loaded(folder: str, model: Any = None) -> None:
+        refit_to(Path(folder))
+        if wrapping(trainer.model) == "FSDP":
+            # accelerate's loader asks a sharded model for raw names, which forms do not show.
+            sidecar.load_sharded(trainer.model, Path(folder), adapter())
+        else:
+            load(folder, model) if model is not None else load(folder)
+        if callback is not None:
+            callback.resume_from = Path(folder)
+
+    def loaded_best() -> None:
+        refit_to(Path(trainer.state.best_model_checkpoint))
+        load_best()
+
+    trainer.train = prepared
+    trainer._load_from_checkpoint, trainer._load_best_model = loaded, loaded_best
 
 
 def _whole(asked: Any, output_dir: Path) -> str:
@@ -236,27 +259,6 @@ def _whole(asked: Any, output_dir: Path) -> str:
             "resume_from_checkpoint."
         )
     return str(last)
-
-
-def _wrap_loading(trainer: Any, callback: CapacityCallback | None) -> None:
-    load, load_best = trainer._load_from_checkpoint, trainer._load_best_model
-    adapter = callback.adapter if callback else None
-
-    def refit_to(folder: Path) -> None:
-        optimizer = None if wrapping(trainer.model, trainer.optimizer) else trainer.optimizer
-        refit(trainer.model, sidecar.stored_ranks(folder), optimizer, adapter)
-
-    def loaded(folder: str, model: Any = None) -> None:
-        refit_to(Path(folder))
-        load(folder, model) if model is not None else load(folder)
-        if callback is not None:
-            callback.resume_from = Path(folder)
-
-    def loaded_best() -> None:
-        refit_to(Path(trainer.state.best_model_checkpoint))
-        load_best()
-
-    trainer._load_from_checkpoint, trainer._load_best_model = loaded, loaded_best
 
 
 def _keeps_shapes(args: Any) -> bool:

@@ -35,7 +35,9 @@ def check_reload(model: Any, case: Case = LLAMA) -> PeftModel:
     assert mine.keys() == other.keys()
     for name, layer in mine.items():
         assert other[name].r == layer.r, name
-        assert other[name].scaling == layer.scaling, name
+        # For some scales and ranks no double divides to it exactly; float32 sees no difference.
+        scale = layer.scaling["default"]
+        assert other[name].scaling["default"] == pytest.approx(scale, rel=3e-16), name
         assert other[name].lora_alpha == layer.lora_alpha, name
     return found
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gradrank.adapters.baking import gathered
+from gradrank.adapters.baking import gathered, sharded_like
 from gradrank.adapters.forms import load_raw_tensors, raw_tensors
 from gradrank.adapters.view import PREFIX, lora_sites
 from gradrank.core.errors import DataError
@@ -92,6 +92,38 @@ def stored_ranks(folder: Path) -> dict[str, int]:
         raise DataError(f"'{folder.name}' holds no {_ADAPTER}.") from error
     except (SafetensorError, OSError, ValueError, IndexError) as error:
         raise DataError(f"'{path.name}' in '{folder.name}' is damaged: {error}.") from error
+
+
+@torch.no_grad()
+def load_sharded(model: nn.Module, folder: Path, adapter: str) -> None:
+    """Load a stock adapter into a sharded model (FSDP2), task head included.
+
+    Args:
+        model: The PEFT model, sharded, with component masks that have the stored ranks.
+        folder: Folder with the adapter.
+        adapter: Name of the adapter.
+
+    Raises:
+        DataError: If the adapter is damaged or has a tensor that the model has no place for.
+    """
+    try:
+        stored = load_file(folder / _ADAPTER)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"'{_ADAPTER}' in '{folder.name}' is damaged: {error}.") from error
+    places = dict(model.named_parameters())
+    sites = lora_sites(model, adapter)
+    for key, value in stored.items():
+        name, _, factor = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
+        if name in sites and factor in {"A", "B"}:
+            module = sites[name].linear(factor)
+            module.load_state_dict({"weight": value})
+            continue
+        owner, _, leaf = key.rpartition(".")
+        head = f"{owner}.modules_to_save.{adapter}.{leaf}"
+        place = places.get(key, places.get(head))
+        if place is None:
+            raise DataError(f"'{key}' in '{folder.name}' has no place in the model.")
+        place.copy_(sharded_like(value.to(place.dtype), place))
 
 
 def masked_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:

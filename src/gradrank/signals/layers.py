@@ -93,7 +93,7 @@ def ambiguous_suffixes(model: nn.Module, targets: Sequence[Target]) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel, DataParallel and torch.compile.
+    """Return the model inside DistributedDataParallel, DataParallel, DeepSpeed and torch.compile.
 
     Args:
         model: The model.
@@ -106,6 +106,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
+        elif type(model).__module__.startswith("deepspeed.") and hasattr(model, "module"):
+            model = model.get_submodule("module")
         else:
             return model
 
