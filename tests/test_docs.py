@@ -26,7 +26,8 @@ def test_python_blocks_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     case = CASES["llama"]
-    names = {"model": case.model(), "batches": batches(case, 4)}
+    rows = [{key: value[0] for key, value in batch.items()} for batch in batches(case, 24)]
+    names = {"model": case.model(), "batches": batches(case, 4), "train_dataset": rows}
     exec(compile(block, str(page), "exec"), names)
 
 

@@ -95,8 +95,14 @@ class CapacityCallback(TrainerCallback):
         """Check everything; refuse before the first step what could not be done later.
 
         Raises:
-            SurgeryError: If the run was resumed without its allocator's state.
+            SurgeryError: If the model will be compiled, or the run was resumed without its
+                allocator's state.
         """
+        if getattr(args, "torch_compile", False):
+            raise SurgeryError(
+                "torch_compile=True: a compiled model sees neither hooks that are set later nor, "
+                "without compiling again, new shapes. Train without it, or use a static method."
+            )
         self.run = CapacityRun(
             kwargs["model"],
             kwargs["optimizer"],
@@ -213,14 +219,18 @@ def _wrap(trainer: Any, callback: CapacityCallback | None) -> None:
 
     def refit_to(folder: Path) -> None:
         optimizer = None if wrapping(trainer.model, trainer.optimizer) else trainer.optimizer
-        refit(trainer.model, sidecar.stored_ranks(folder), optimizer, adapter())
+        refit(trainer.model, sidecar.stored_ranks(folder, adapter()), optimizer, adapter())
 
     def prepared(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint and callback is not None:
             resume_from_checkpoint = _whole(resume_from_checkpoint, Path(trainer.args.output_dir))
             refit_to(Path(resume_from_checkpoint))
             callback.resume_from = Path(resume_from_checkpoint)
-        return train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if callback is not None:
+                callback.close()
 
     def loaded(folder: str, model: Any = None) -> None:
         refit_to(Path(folder))

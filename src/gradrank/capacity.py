@@ -199,6 +199,7 @@ class CapacityRun:
                 "moved": report.moved,
                 "changed": len(changed),
                 "seconds": seconds,
+                "left_out": self._window.dropped,
                 **{key: dict(column) for key, column in decision.details.items()},
             }
         )
@@ -237,8 +238,18 @@ class CapacityRun:
 
         Args:
             path: The checkpoint's sidecar.
+
+        Raises:
+            DataError: If it belongs to another model, or is damaged.
         """
-        ranks = sidecar.read(path)[0].get("ranks", {})
+        found: Any = sidecar.read(path)[0].get("ranks")
+        ranks: dict[str, Any] = found if isinstance(found, dict) else {}
+        known = set(ranks) == {target.name for target in self._targets}
+        if not known or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
+            raise DataError(
+                f"'{path.name}' does not hold a rank for each of this model's targets "
+                f"({len(self._targets)}): it is damaged, or belongs to another model."
+            )
         refit(self._model, ranks, self._optimizer, self._adapter)
 
     def _take(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -260,7 +271,9 @@ class CapacityRun:
             site.layer.scaling[self._adapter] = facts["scaling"][name]
         self.course.restore(_under(tensors, "course/"))
         self._window.restore(_under(tensors, "window/"))
-        self.step = int(facts["step"])
+        if type(facts["step"]) is not int:
+            raise TypeError(f"step {facts['step']!r}")
+        self.step = facts["step"]
         self.ranks_over_time, self.decisions = facts["ranks_over_time"], facts["decisions"]
 
     def _facts(self) -> dict[str, Any]:

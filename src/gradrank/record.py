@@ -51,7 +51,8 @@ class RunRecord:
         decisions: One entry per allocation decision during training, in order: ``step``,
             ``parameters`` (of the adapter, in use after it), ``budget``, ``moved`` (parameters
             given to targets that grew), ``changed`` (targets whose rank changed), ``seconds``
-            (merge of the measuring window, allocation and surgery), and per target
+            (merge of the measuring window, allocation and surgery), ``left_out`` (mini-batches
+            with a NaN or infinite gradient so far), and per target
             ``effective_rank`` (of the window), ``smoothed`` (its moving average, which was
             allocated by) and ``energy`` (trace of the window's Gram matrix: mean squared gradient
             norm). Only ``step`` is required. Empty for static methods and in older records.

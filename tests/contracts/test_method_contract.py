@@ -186,7 +186,7 @@ def test_rank_bounds_are_kept(name: str, bounds: tuple[int, int]) -> None:
     low, high = bounds
     if low == 0 and isinstance(build(gr.METHODS[name], {}), DynamicMethod):
         # A target without an adapter has nowhere to grow from.
-        with pytest.raises(gr.OptionError, match="'r_min'.*1 or more"):
+        with pytest.raises(gr.OptionError, match=r"'r_min'.*1 or more"):
             planned(name, "uniform:2", r_min=low, r_max=high)
         return
     plan = planned(name, "uniform:2", r_min=low, r_max=high)

@@ -86,14 +86,11 @@ def make(out: Path) -> tuple[Trainer, gr.CapacityCallback]:
 
 def arm(trainer: Trainer, point: str, step: int) -> None:
     """Make the process die at a point of a step."""
-    if point == "step":
-        trainer.add_callback(DieAfterStep(step))
-        return
 
     def now() -> bool:
         return trainer.state.global_step == step
 
-    def after(owner: Any, name: str, before: bool = False) -> None:
+    def around(owner: Any, name: str, before: bool = False) -> None:
         work = getattr(owner, name)
 
         def deadly(*args: Any, **kwargs: Any) -> Any:
@@ -106,28 +103,24 @@ def arm(trainer: Trainer, point: str, step: int) -> None:
 
         setattr(owner, name, deadly)
 
-    if point == "adapter":
-        after(trainer, "save_model")
-    elif point == "optimizer":
-        after(trainer, "_save_optimizer_and_scheduler")
-    elif point == "sidecar":
-        after(sidecar, "write", before=True)
-    elif point == "sidecar-half":
-        save = sidecar.save_file
+    save = sidecar.save_file
 
-        def half(tensors: Any, path: Path, metadata: Any) -> None:
-            save(tensors, path, metadata=metadata)
-            if now():
-                os.truncate(path, path.stat().st_size // 2)
-                die()
+    def half(tensors: Any, path: Path, metadata: Any) -> None:
+        save(tensors, path, metadata=metadata)
+        if now():
+            os.truncate(path, path.stat().st_size // 2)
+            die()
 
-        sidecar.save_file = half
-    elif point == "marker":
-        after(marker, "write_json", before=True)
-    elif point == "sealed":
-        after(marker, "seal")
-    else:
-        raise ValueError(point)
+    arms: dict[str, Callable[[], None]] = {
+        "step": lambda: trainer.add_callback(DieAfterStep(step)),
+        "adapter": lambda: around(trainer, "save_model"),
+        "optimizer": lambda: around(trainer, "_save_optimizer_and_scheduler"),
+        "sidecar": lambda: around(sidecar, "write", before=True),
+        "sidecar-half": lambda: setattr(sidecar, "save_file", half),
+        "marker": lambda: around(marker, "write_json", before=True),
+        "sealed": lambda: around(marker, "seal"),
+    }
+    arms[point]()
 
 
 def train(out: Path, point: str | None, step: int, result: Path | None) -> None:

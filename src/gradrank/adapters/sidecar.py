@@ -66,11 +66,12 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return facts, tensors
 
 
-def stored_ranks(folder: Path) -> dict[str, int]:
+def stored_ranks(folder: Path, adapter: str = "default") -> dict[str, int]:
     """Return the ranks of an adapter on disk, by the shapes of its weights.
 
     Args:
         folder: Folder with a stock PEFT adapter.
+        adapter: Its name; PEFT puts every adapter but ``default`` into a folder of its own.
 
     Returns:
         Rank by target name.
@@ -78,7 +79,7 @@ def stored_ranks(folder: Path) -> dict[str, int]:
     Raises:
         DataError: If there is no adapter, or it is damaged.
     """
-    path = folder / _ADAPTER
+    path = _file(folder, adapter)
     try:
         with safe_open(str(path), framework="pt") as file:
             return {
@@ -107,7 +108,7 @@ def load_sharded(model: nn.Module, folder: Path, adapter: str) -> None:
         DataError: If the adapter is damaged or has a tensor that the model has no place for.
     """
     try:
-        stored = load_file(folder / _ADAPTER)
+        stored = load_file(_file(folder, adapter))
     except (SafetensorError, OSError) as error:
         raise DataError(f"'{_ADAPTER}' in '{folder.name}' is damaged: {error}.") from error
     places = dict(model.named_parameters())
@@ -160,3 +161,8 @@ def load_masked(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -
                 if key.startswith(f"{name}/")
             }
             load_raw_tensors(site.layer, adapter, mine)
+
+
+def _file(folder: Path, adapter: str) -> Path:
+    own = folder / adapter / _ADAPTER
+    return own if own.is_file() else folder / _ADAPTER

@@ -170,8 +170,7 @@ def _plan(site: LoraSite, edit: Edit, seed: int) -> Incision:
         return Incision(site, 0)
     rank = site.rank
     A, B = gathered(site.raw("A"))[:rank], gathered(site.raw("B"))[:, :rank]
-    # The rank is part of the seed: growing twice shall not give one row twice.
-    seed = seed_of(seed, "grow", site.name, rank)
+    seed = seed_of(seed, "grow", site.name)
     if isinstance(edit, Grow):
         carry = Carry.select(range(rank), fresh=edit.rank - rank)
         return _grown(Incision(site, rank, {"A": A, "B": B}, {"A": carry, "B": carry}), edit, seed)

@@ -55,7 +55,7 @@ class Observer:
     def __enter__(self) -> "Observer":
         try:
             for site in self._sites:
-                hook = self._forward_hook(site.target)
+                hook = self._forward_hook(site.target, site.module)
                 self._handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
         except BaseException:
             self.close()
@@ -76,13 +76,15 @@ class Observer:
             self._handles.pop().remove()
         self._last_input = None
 
-    def _forward_hook(self, target: Target) -> Callable[..., Tensor | None]:
+    def _forward_hook(self, target: Target, owner: nn.Module) -> Callable[..., Tensor | None]:
         def hook(
-            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> Tensor | None:
             if not torch.is_grad_enabled() or not isinstance(output, Tensor):
                 # The first pass of reentrant checkpointing, or an evaluation: nothing flows back.
                 return None
+            if module is not owner:
+                return None  # a deep copy of the model, which took the hooks along
             x = args[0] if args else next(iter(kwargs.values()))
             kept = self._keep(target, x)
             replaced = None
@@ -96,7 +98,8 @@ class Observer:
 
     def _grad_hook(self, target: Target, kept: list[Any]) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
-            with torch.no_grad():
+            # Sketches are made in float32 also where backward() stands inside an autocast block.
+            with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
                 self.reached.add(target.name)
                 delta = grad.detach().reshape(-1, target.d_out)
                 for probe, part in zip(self._probes, kept, strict=True):
@@ -108,7 +111,7 @@ class Observer:
         """Let the probes look at an input, once for targets that share it (q, k and v)."""
         shared = self._shared(x)
         kept = []
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             rows = x.detach().reshape(-1, target.d_in)
             for index, probe in enumerate(self._probes):
                 key = (index, probe.share_key(target))
