@@ -152,7 +152,7 @@ class CapacityRun:
                 "pass CapacityCallback to its constructor or call gradrank.prepare_trainer first."
             )
         edits: dict[str, Edit] = {name: Shrink(site.rank) for name, site in sites.items()}
-        guard.check(sites, edits, optimizer)
+        guard.check(sites, edits, optimizer, model=model)
         used = parameters_in_use(sites)
         if used > self.budget:
             raise BudgetError(

@@ -10,6 +10,7 @@ from torch import nn
 from gradrank.adapters import sidecar
 from gradrank.adapters.optimizers import inner_optimizer
 from gradrank.adapters.reserve import reserve_ranks, settle
+from gradrank.adapters.stores import is_zero
 from gradrank.adapters.surgery import EditReport
 from gradrank.adapters.view import adapter_name, lora_targets
 from gradrank.capacity import CapacityRun, resolve
@@ -82,8 +83,7 @@ class Controller:
         self._total = total_steps
         self._optimizer_steps = self._seen = 0
         self._calls = 0
-        inner = inner_optimizer(optimizer)
-        self._hook = inner.register_step_post_hook(self._on_optimizer_step)
+        self._hook = self._hooked(inner_optimizer(optimizer))
         self.run.before_step(1)
 
     @property
@@ -98,6 +98,8 @@ class Controller:
             What was moved, if a decision was taken.
         """
         self._calls += 1
+        if self._hook is None:
+            self._optimizer_steps += 1
         if self._seen == self._optimizer_steps:
             return None  # a micro-batch, or a step that a gradient scaler skipped
         self._seen = self._optimizer_steps
@@ -120,7 +122,8 @@ class Controller:
 
     def close(self) -> None:
         """Remove all hooks; safe to call twice."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         self.run.close()
 
     def missing(self) -> str:
@@ -178,6 +181,12 @@ class Controller:
             self.finish()
         else:
             self.close()
+
+    def _hooked(self, optimizer: Any) -> Any:
+        """Watch the optimizer's steps; DeepSpeed's takes several in one, so calls count there."""
+        if is_zero(optimizer):
+            return None
+        return optimizer.register_step_post_hook(self._on_optimizer_step)
 
     def _on_optimizer_step(self, *_: Any) -> None:
         if self._optimizer_steps > self._seen:

@@ -652,3 +652,14 @@ def test_a_paged_optimizer_is_refused_where_it_would_page() -> None:
         optimizer = bnb.optim.PagedAdamW8bit([large, small], lr=LR)
     (reason,) = refusals(optimizer, {"large": large, "small": small})
     assert reason.startswith("large: paged")
+
+
+def test_names_of_parameters_follow_a_removal_and_come_back() -> None:
+    layers = {name: nn.Parameter(torch.zeros(2)) for name in "abc"}
+    optimizer = torch.optim.AdamW(list(layers.items()))
+    change = OptimizerChange(optimizer)
+    change.remove(layers["b"])
+    assert optimizer.param_groups[0]["param_names"] == ["a", "c"]
+    change.rollback()
+    assert optimizer.param_groups[0]["param_names"] == ["a", "b", "c"]
+    assert optimizer.param_groups[0]["params"] == list(layers.values())

@@ -9,6 +9,7 @@ from torch import nn
 from gradrank.adapters.baking import gathered
 from gradrank.adapters.edits import Drop, Edit, Grow, Shrink
 from gradrank.adapters.optimizers import inner_optimizer, refusals
+from gradrank.adapters.stores import is_zero
 from gradrank.adapters.view import LoraSite, adapter_config
 from gradrank.core.errors import SurgeryError, nearest
 from gradrank.signals.distributed import is_distributed
@@ -50,7 +51,7 @@ def check(
     known = {name: sites[name] for name in edits if name in sites}
     reasons = _grouped(found)
     reasons += _setting(known, optimizer, model)
-    if optimizer is not None:
+    if optimizer is not None and not _kept_by_zero(known, optimizer):
         reasons += refusals(optimizer, _trained(known, optimizer))
     dropped = [name for name in sites if isinstance(edits.get(name), Drop)]
     if dropped and len(dropped) == len(sites) and not impossible:
@@ -60,6 +61,15 @@ def check(
         raise SurgeryError(
             f"capacity cannot be moved; nothing was changed. {len(reasons)} reason(s):{listed}"
         )
+
+
+def _kept_by_zero(sites: Mapping[str, LoraSite], optimizer: Any) -> bool:
+    """Whether DeepSpeed holds everything in partitions that can be written to (ZeRO-1 and 2)."""
+    return is_zero(inner_optimizer(optimizer)) and all(
+        site.masked and hasattr(site.raw(factor), "_hp_mapping")
+        for site in sites.values()
+        for factor in "AB"
+    )
 
 
 def _grouped(found: Iterable[tuple[str, str]]) -> list[str]:

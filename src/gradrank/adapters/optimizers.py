@@ -128,7 +128,10 @@ class OptimizerChange:
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = inner_optimizer(optimizer)
-        self._groups = [(g["params"], list(g["params"])) for g in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups
+        # An optimizer that was built from named parameters keeps their names beside them.
+        lists = [g[key] for g in groups for key in ("params", "param_names") if key in g]
+        self._lists = [(held, list(held)) for held in lists]
         self._state = dict(self.optimizer.state)
 
     def replace(self, old: Tensor, new: Tensor, state: Mapping[str, Any] | None) -> None:
@@ -148,13 +151,16 @@ class OptimizerChange:
             old: The parameter.
         """
         index, position = place(self.optimizer, old)
-        del self.optimizer.param_groups[index]["params"][position]
+        group = self.optimizer.param_groups[index]
+        del group["params"][position]
+        if "param_names" in group:
+            del group["param_names"][position]
         self.optimizer.state.pop(old, None)
 
     def rollback(self) -> None:
-        """Restore groups and state: the same objects in the same order."""
-        for params, before in self._groups:
-            params[:] = before
+        """Restore groups, names and state: the same objects in the same order."""
+        for held, before in self._lists:
+            held[:] = before
         self.optimizer.state.clear()
         self.optimizer.state.update(self._state)
 
@@ -176,8 +182,9 @@ def refusals(optimizer: Any, parameters: Mapping[str, Tensor] | Sequence[Tensor]
     reasons = []
     if any(comes_from(optimizer, module) for module in _FLATTENING):
         reasons.append(
-            f"{kind} flattens or shards the parameters, so that none can change its size. Use the "
-            "fixed-shape mode, or DDP without it."
+            f"{kind} flattens or shards the parameters, so that none can change its size. "
+            "Under ZeRO-1 or 2 reserve ranks first (fixed-shape mode, gradrank.reserve); else train "
+            "with DDP or FSDP2."
         )
     if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
         reasons.append(f"{kind} has no state per LoRA component. Use AdamW, SGD or Adafactor.")

@@ -1,13 +1,15 @@
 """Where a live parameter's weight and moments really are: in place, sharded, or with DeepSpeed."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradrank.adapters.baking import gathered, sharded_like
+from gradrank.signals.distributed import is_distributed
 
 
 class Store:
@@ -65,22 +67,18 @@ class Store:
             if isinstance(value, Tensor) and isinstance(held.get(key), Tensor):
                 _copy(held[key], value)
 
-    def forget(self, raw: nn.Parameter) -> None:
+    def forget(self, raw: nn.Parameter) -> Callable[[], object]:
         """Let the optimizer begin afresh with a parameter.
 
         Args:
             raw: The parameter.
-        """
-        self._optimizer.state.pop(raw, None)
 
-    def remember(self, raw: nn.Parameter, state: Mapping[str, Any]) -> None:
-        """Undo :meth:`forget`.
-
-        Args:
-            raw: The parameter.
-            state: What was there.
+        Returns:
+            What undoes it.
         """
-        self._optimizer.state[raw] = dict(state)
+        state = self._optimizer.state
+        held = state.pop(raw)
+        return lambda: state.__setitem__(raw, held)
 
 
 class ZeroStore(Store):
@@ -119,13 +117,11 @@ class ZeroStore(Store):
         for key, value in state.items():
             self._tools.safe_set_full_optimizer_state(raw, value, key)
 
-    def forget(self, raw: nn.Parameter) -> None:
+    def forget(self, raw: nn.Parameter) -> Callable[[], object]:
         """Set the state to zero; DeepSpeed has no state of a single parameter to remove."""
-        self.write_moments(raw, {k: torch.zeros_like(v) for k, v in self.moments(raw).items()})
-
-    def remember(self, raw: nn.Parameter, state: Mapping[str, Any]) -> None:
-        """Undo :meth:`forget`."""
-        self.write_moments(raw, state)
+        held = self.moments(raw)
+        self.write_moments(raw, {key: torch.zeros_like(value) for key, value in held.items()})
+        return lambda: self.write_moments(raw, held)
 
 
 def store_for(optimizer: Any) -> Store:
@@ -138,6 +134,32 @@ def store_for(optimizer: Any) -> Store:
         The store.
     """
     return ZeroStore(optimizer) if is_zero(optimizer) else Store(optimizer)
+
+
+def agree(incisions: Iterable[Any]) -> None:
+    """Let every process make the first one's incisions, in place.
+
+    Singular vectors have no sign of their own, and machines that differ may choose differently.
+
+    Args:
+        incisions: New factors and carries, of equal shapes in all processes.
+    """
+    if not is_distributed():
+        return
+    tensors = [
+        tensor
+        for incision in incisions
+        for tensor in (
+            *incision.values.values(),
+            *(c.matrix for c in incision.carries.values() if c.matrix is not None),
+        )
+    ]
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        chosen = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in chosen])
+        dist.broadcast(flat, 0)
+        for tensor, part in zip(chosen, flat.split([t.numel() for t in chosen]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def is_zero(optimizer: Any) -> bool:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrank.adapters.baking import gathered
 from gradrank.adapters.edits import Drop, Edit, Grow
 from gradrank.adapters.guard import check
 from gradrank.adapters.optimizers import inner_optimizer
+from gradrank.adapters.stores import Store, agree, store_for
 from gradrank.adapters.swap import FixedShape, Incision, Replace, Rollback
 from gradrank.adapters.view import (
     LoraSite,
@@ -137,8 +137,10 @@ def _operate(
     reset: list[str] = []
     with Rollback() as rollback:
         rollback.remember_config(model, adapter)
-        incisions = [_plan(sites[name], edits[name], seed) for name in ordered]
-        replace, fixed = Replace(rollback, model, inner), FixedShape(rollback, inner)
+        store = store_for(inner)
+        incisions = [_plan(sites[name], edits[name], seed, store) for name in ordered]
+        agree(incisions)
+        replace, fixed = Replace(rollback, model, inner), FixedShape(rollback, store)
         for incision in incisions:
             known = (fixed if incision.site.masked else replace).apply(incision)
             reset += [] if known else [incision.site.name]
@@ -164,12 +166,12 @@ def _cost(site: LoraSite) -> int:
     return int(site.raw("A").shape[1] + site.raw("B").shape[0])
 
 
-def _plan(site: LoraSite, edit: Edit, seed: int) -> Incision:
+def _plan(site: LoraSite, edit: Edit, seed: int, store: Store) -> Incision:
     """Work out new factors without touching the layer."""
     if isinstance(edit, Drop):
         return Incision(site, 0)
     rank = site.rank
-    A, B = gathered(site.raw("A"))[:rank], gathered(site.raw("B"))[:, :rank]
+    A, B = store.read(site.raw("A"))[:rank], store.read(site.raw("B"))[:, :rank]
     seed = seed_of(seed, "grow", site.name)
     if isinstance(edit, Grow):
         carry = Carry.select(range(rank), fresh=edit.rank - rank)

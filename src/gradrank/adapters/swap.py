@@ -10,9 +10,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gradrank.adapters.baking import gathered, sharded_like
 from gradrank.adapters.forms import set_active
 from gradrank.adapters.optimizers import OptimizerChange, carry_state
+from gradrank.adapters.stores import Store
 from gradrank.adapters.view import LoraSite, adapter_config, layer_alpha
 from gradrank.core.errors import SurgeryError
 from gradrank.ops.moments import Carry
@@ -180,8 +180,8 @@ class FixedShape:
     that are not in use are zero in the moments and masked in the weights.
     """
 
-    def __init__(self, rollback: Rollback, optimizer: Any) -> None:
-        self._rollback, self._optimizer = rollback, optimizer
+    def __init__(self, rollback: Rollback, store: Store) -> None:
+        self._rollback, self._store = rollback, store
 
     def apply(self, incision: Incision) -> bool:
         """Write one layer's new factors.
@@ -198,7 +198,9 @@ class FixedShape:
             raw, axis = site.raw(factor), AXIS[factor]
             carry = _widened(incision.carries[factor], before, raw.shape[axis])
             known &= self._carry(raw, carry, axis)
-            self._overwrite(raw, _padded(incision.values[factor], raw.shape[axis], axis))
+            there = self._store.read(raw).clone()
+            self._rollback.push(functools.partial(self._store.write, raw, there))
+            self._store.write(raw, _padded(incision.values[factor], raw.shape[axis], axis))
             self._rollback.push(functools.partial(setattr, raw, "grad", raw.grad))
             raw.grad = None
         self._rollback.push(lambda: set_active(site.layer, site.adapter, before))
@@ -207,30 +209,18 @@ class FixedShape:
 
     def _carry(self, raw: nn.Parameter, carry: Carry, axis: int) -> bool:
         """Carry the moments of one factor, in place; False if their layout is unknown."""
-        optimizer = self._optimizer
-        if optimizer is None or not optimizer.state.get(raw):
+        store = self._store
+        held = store.moments(raw)
+        if not held:
             return True
-        held = optimizer.state[raw]
-        whole = {k: gathered(v) if isinstance(v, Tensor) else v for k, v in held.items()}
-        carried = carry_state(optimizer, raw, whole, carry, axis)
+        carried = carry_state(store.family, raw, held, carry, axis)
         if carried.reset:
-            self._rollback.push(lambda: optimizer.state.__setitem__(raw, held))
-            del optimizer.state[raw]
+            self._rollback.push(store.forget(raw))
             return False
-        for key, value in carried.state.items():
-            if isinstance(value, Tensor):
-                self._overwrite(held[key], value)
+        there = {k: v.clone() if isinstance(v, Tensor) else v for k, v in held.items()}
+        self._rollback.push(functools.partial(store.write_moments, raw, there))
+        store.write_moments(raw, carried.state)
         return True
-
-    def _overwrite(self, tensor: Tensor, value: Tensor) -> None:
-        before = tensor.detach().clone()
-        self._rollback.push(lambda: _copy(tensor, before))
-        _copy(tensor, sharded_like(value.to(tensor.device, tensor.dtype), tensor))
-
-
-def _copy(tensor: Tensor, value: Tensor) -> None:
-    with torch.no_grad():
-        tensor.copy_(value)
 
 
 def _widened(carry: Carry, used: int, size: int) -> Carry:
