@@ -183,8 +183,8 @@ def refusals(optimizer: Any, parameters: Mapping[str, Tensor] | Sequence[Tensor]
     if any(comes_from(optimizer, module) for module in _FLATTENING):
         reasons.append(
             f"{kind} flattens or shards the parameters, so that none can change its size. "
-            "Under ZeRO-1 or 2 reserve ranks first (fixed-shape mode, gradrank.reserve); else train "
-            "with DDP or FSDP2."
+            "Under ZeRO-1 or 2 reserve ranks first (fixed-shape mode, gradrank.reserve), or "
+            "train with DDP or FSDP2."
         )
     if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
         reasons.append(f"{kind} has no state per LoRA component. Use AdamW, SGD or Adafactor.")
