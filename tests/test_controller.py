@@ -1,6 +1,8 @@
 """The controller in loops of one's own: ranks move, the budget holds, mistakes are told."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -510,3 +512,23 @@ def test_a_second_adapter_is_left_alone() -> None:
     assert len(set(controller.ranks.values())) > 1
     after = {n: p for n, p in model.named_parameters() if ".second." in n}
     assert same_tensors(before, after)
+
+
+def test_an_abandoned_controller_speaks_up_when_the_process_ends(tmp_path: Path) -> None:
+    script = tmp_path / "loop.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import torch, gradrank as gr\n"
+        "from cases import tiny_llama\n"
+        "from peft import LoraConfig, get_peft_model\n"
+        "model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules='all-linear'))\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "controller = gr.Controller(model, optimizer, 'gard-dynamic', 'uniform:2', 99)\n"
+    )
+    tests = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, str(script), tests], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the controller never acted" in done.stderr
+    assert "made no step" in done.stderr

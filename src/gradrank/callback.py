@@ -95,14 +95,9 @@ class CapacityCallback(TrainerCallback):
         """Check everything; refuse before the first step what could not be done later.
 
         Raises:
-            SurgeryError: If the model will be compiled, or the run was resumed without its
-                allocator's state.
+            SurgeryError: If the run was resumed without its allocator's state.
         """
-        if getattr(args, "torch_compile", False):
-            raise SurgeryError(
-                "torch_compile=True: a compiled model sees neither hooks that are set later nor, "
-                "without compiling again, new shapes. Train without it, or use a static method."
-            )
+        _refuse(args)
         self.run = CapacityRun(
             kwargs["model"],
             kwargs["optimizer"],
@@ -206,48 +201,61 @@ def prepare_trainer(trainer: Any) -> Any:
     callback = found[0] if found else None
     if callback is not None:
         callback.attach(trainer.model, trainer.args)
-    _wrap(trainer, callback)
+    _Prepared(trainer, callback)
     trainer._gradrank_prepared = True
     return trainer
 
 
-def _wrap(trainer: Any, callback: CapacityCallback | None) -> None:
-    train, load, load_best = trainer.train, trainer._load_from_checkpoint, trainer._load_best_model
+class _Prepared:
+    """What stands in for three methods of one Trainer object."""
 
-    def adapter() -> str:
-        return adapter_name(trainer.model, callback.adapter if callback else None)
+    def __init__(self, trainer: Any, callback: CapacityCallback | None) -> None:
+        self._trainer, self._callback = trainer, callback
+        self._train = trainer.train
+        self._load, self._load_best = trainer._load_from_checkpoint, trainer._load_best_model
+        trainer.train = self.train
+        trainer._load_from_checkpoint, trainer._load_best_model = self.load, self.load_best
 
-    def refit_to(folder: Path) -> None:
-        optimizer = None if wrapping(trainer.model, trainer.optimizer) else trainer.optimizer
-        refit(trainer.model, sidecar.stored_ranks(folder, adapter()), optimizer, adapter())
-
-    def prepared(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint and callback is not None:
-            resume_from_checkpoint = _whole(resume_from_checkpoint, Path(trainer.args.output_dir))
-            refit_to(Path(resume_from_checkpoint))
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        callback = self._callback
+        if callback is None:
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+        output_dir = Path(self._trainer.args.output_dir)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = _whole(resume_from_checkpoint, output_dir)
+            self._refit(Path(resume_from_checkpoint))
             callback.resume_from = Path(resume_from_checkpoint)
+        callback.attach(self._trainer.model, self._trainer.args)  # for a second phase of training
         try:
-            return train(resume_from_checkpoint, *args, **kwargs)
+            return self._train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            if callback is not None:
-                callback.close()
+            callback.close()
 
-    def loaded(folder: str, model: Any = None) -> None:
-        refit_to(Path(folder))
-        if wrapping(trainer.model) == "FSDP":
+    def load(self, folder: str, model: Any = None) -> None:
+        self._refit(Path(folder))
+        if wrapping(self._trainer.model) == "FSDP":
             # accelerate's loader asks a sharded model for raw names, which forms do not show.
-            sidecar.load_sharded(trainer.model, Path(folder), adapter())
+            sidecar.load_sharded(self._trainer.model, Path(folder), self._adapter)
+        elif model is not None:
+            self._load(folder, model)
         else:
-            load(folder, model) if model is not None else load(folder)
-        if callback is not None:
-            callback.resume_from = Path(folder)
+            self._load(folder)
+        if self._callback is not None:
+            self._callback.resume_from = Path(folder)
 
-    def loaded_best() -> None:
-        refit_to(Path(trainer.state.best_model_checkpoint))
-        load_best()
+    def load_best(self) -> None:
+        self._refit(Path(self._trainer.state.best_model_checkpoint))
+        self._load_best()
 
-    trainer.train = prepared
-    trainer._load_from_checkpoint, trainer._load_best_model = loaded, loaded_best
+    @property
+    def _adapter(self) -> str:
+        asked = self._callback.adapter if self._callback else None
+        return adapter_name(self._trainer.model, asked)
+
+    def _refit(self, folder: Path) -> None:
+        trainer = self._trainer
+        optimizer = None if wrapping(trainer.model, trainer.optimizer) else trainer.optimizer
+        refit(trainer.model, sidecar.stored_ranks(folder, self._adapter), optimizer, self._adapter)
 
 
 def _whole(asked: Any, output_dir: Path) -> str:
@@ -269,6 +277,25 @@ def _whole(asked: Any, output_dir: Path) -> str:
             "resume_from_checkpoint."
         )
     return str(last)
+
+
+def _refuse(args: Any) -> None:
+    """Refuse ways to train in which hooks on the model see nothing.
+
+    Raises:
+        SurgeryError: If the Trainer will compile the model, or copy it to several GPUs.
+    """
+    if getattr(args, "torch_compile", False):
+        raise SurgeryError(
+            "torch_compile=True: a compiled model sees neither hooks that are set later nor, "
+            "without compiling again, new shapes. Train without it, or use a static method."
+        )
+    if int(getattr(args, "n_gpu", 1) or 1) > 1 and int(getattr(args, "world_size", 1) or 1) == 1:
+        raise SurgeryError(
+            f"one process would copy the model to {args.n_gpu} GPUs at every step (DataParallel), "
+            "and hooks see no copies. Start one process per GPU with torchrun or accelerate, or "
+            "set CUDA_VISIBLE_DEVICES to one GPU."
+        )
 
 
 def _keeps_shapes(args: Any) -> bool:

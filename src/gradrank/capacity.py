@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -22,8 +21,9 @@ from gradrank.methods.method import Course, Decision, DynamicMethod
 from gradrank.ops.sketch import seed_of
 from gradrank.record import finite
 from gradrank.session import base_parameters
-from gradrank.signals.distributed import is_distributed
+from gradrank.signals.distributed import is_distributed, of_first_process
 from gradrank.signals.layers import find_sites, is_compiled, unwrapped
+from gradrank.signals.spectrum import under
 from gradrank.signals.window import Window
 
 
@@ -164,7 +164,9 @@ class CapacityRun:
         started = time.perf_counter()
         ranks = self.ranks
         decision = self.course.decide(ranks, self._window.measurement())
-        wanted = _agreed(decision.ranks, self._targets)
+        names = [target.name for target in self._targets]
+        agreed = of_first_process([decision.ranks[name] for name in names])
+        wanted = dict(zip(names, agreed, strict=True))
         sketches = self._window.directions()
         report = edit(
             self._model,
@@ -260,7 +262,7 @@ class CapacityRun:
             raise OptionError(
                 f"the checkpoint was made with other settings: {listed}. Resume with the same ones."
             )
-        sidecar.load_masked(unwrapped(self._model), self._adapter, _under(tensors, "masked/"))
+        sidecar.load_masked(unwrapped(self._model), self._adapter, under(tensors, "masked/"))
         if facts["ranks"] != self.ranks:
             raise SurgeryError(
                 "the model does not have the checkpoint's ranks. Call "
@@ -269,8 +271,8 @@ class CapacityRun:
             )
         for name, site in self._sites().items():
             site.layer.scaling[self._adapter] = facts["scaling"][name]
-        self.course.restore(_under(tensors, "course/"))
-        self._window.restore(_under(tensors, "window/"))
+        self.course.restore(under(tensors, "course/"))
+        self._window.restore(under(tensors, "window/"))
         if type(facts["step"]) is not int:
             raise TypeError(f"step {facts['step']!r}")
         self.step = facts["step"]
@@ -309,17 +311,3 @@ def resolve(model: nn.Module, targets: tuple[Target, ...], budget: "str | int | 
         Parameters.
     """
     return Budget.parse(budget).resolve(targets, base_parameters(unwrapped(model)))
-
-
-def _agreed(ranks: Mapping[str, int], targets: tuple[Target, ...]) -> dict[str, int]:
-    """The decision of the first process, in all of them."""
-    wanted = torch.tensor([ranks[target.name] for target in targets])
-    if is_distributed():
-        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-        wanted = wanted.to(device)
-        dist.broadcast(wanted, 0)
-    return dict(zip((target.name for target in targets), wanted.tolist(), strict=True))
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

@@ -1,6 +1,9 @@
 """Capacity that moves in a plain training loop, or one driven by accelerate."""
 
+import logging
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,7 +31,8 @@ class Controller:
     Call :meth:`step` after every ``optimizer.step()``, and :meth:`finish` at the end (or use it
     as a context manager). Calls between optimizer steps, as in gradient accumulation, are free.
     A loop that steps its optimizer twice without calling :meth:`step` is stopped with an error,
-    and so is the end of a run in which nothing was ever decided.
+    and so is the end of a run in which nothing was ever decided; a controller that is abandoned
+    in that state says so on stderr at the latest when the process ends.
 
     Example:
         ::
@@ -81,9 +85,9 @@ class Controller:
         chosen = dynamic_method(method, options)
         self.run = CapacityRun(model, optimizer, chosen, budget, total_steps, adapter, seed)
         self._total = total_steps
-        self._optimizer_steps = self._seen = 0
-        self._calls = 0
+        self._counts = _Counts()
         self._hook = self._hooked(inner_optimizer(optimizer))
+        self._end = weakref.finalize(self, _complain, self.run, self._counts)
         self.run.before_step(1)
 
     @property
@@ -97,12 +101,12 @@ class Controller:
         Returns:
             What was moved, if a decision was taken.
         """
-        self._calls += 1
+        self._counts.calls += 1
         if self._hook is None:
-            self._optimizer_steps += 1
-        if self._seen == self._optimizer_steps:
+            self._counts.optimizer_steps += 1
+        if self._counts.seen == self._counts.optimizer_steps:
             return None  # a micro-batch, or a step that a gradient scaler skipped
-        self._seen = self._optimizer_steps
+        self._counts.seen = self._counts.optimizer_steps
         report = self.run.after_step(self.run.step + 1)
         if self.run.step == self._total:
             self.finish()
@@ -122,30 +126,14 @@ class Controller:
 
     def close(self) -> None:
         """Remove all hooks; safe to call twice."""
+        self._counts.closed = True
         if self._hook is not None:
             self._hook.remove()
         self.run.close()
 
     def missing(self) -> str:
         """Return what kept the controller from its work, or an empty text."""
-        if self.run.decisions:
-            return ""
-        due = self.run.course.schedule.decisions[0]
-        if not self._optimizer_steps:
-            return (
-                f"the controller never acted: its optimizer made no step ({self._calls} calls of "
-                "controller.step()). Pass the optimizer that trains the model, and call "
-                "controller.step() after optimizer.step()."
-            )
-        if not self._calls:
-            return (
-                "the controller was never stepped. Call controller.step() after every "
-                "optimizer.step()."
-            )
-        return (
-            f"the controller never acted: the run ended after step {self.run.step}, and the first "
-            f"decision falls due after step {due}. Lower interval or warmup, or train longer."
-        )
+        return _missing(self.run, self._counts)
 
     def save(self, folder: str | Path) -> None:
         """Write the controller's state into a checkpoint's folder, atomically.
@@ -189,14 +177,52 @@ class Controller:
         return optimizer.register_step_post_hook(self._on_optimizer_step)
 
     def _on_optimizer_step(self, *_: Any) -> None:
-        if self._optimizer_steps > self._seen:
+        if self._counts.optimizer_steps > self._counts.seen:
             self.close()
+            calls, steps = self._counts.calls, self._counts.optimizer_steps + 1
             raise SurgeryError(
-                f"optimizer.step() ran twice and controller.step() did not ({self._calls} calls in "
-                f"{self._optimizer_steps + 1} steps). Call controller.step() after every "
+                f"optimizer.step() ran twice and controller.step() did not ({calls} calls in "
+                f"{steps} steps). Call controller.step() after every "
                 "optimizer.step(), or controller.close() to stop moving capacity."
             )
-        self._optimizer_steps += 1
+        self._counts.optimizer_steps += 1
+
+
+@dataclass
+class _Counts:
+    """What a controller has seen: its own calls, and steps of the optimizer."""
+
+    calls: int = 0
+    optimizer_steps: int = 0
+    seen: int = 0
+    closed: bool = False
+
+
+def _missing(run: CapacityRun, counts: _Counts) -> str:
+    if run.decisions:
+        return ""
+    due = run.course.schedule.decisions[0]
+    if not counts.optimizer_steps:
+        return (
+            f"the controller never acted: its optimizer made no step ({counts.calls} calls of "
+            "controller.step()). Pass the optimizer that trains the model, and call "
+            "controller.step() after optimizer.step()."
+        )
+    if not counts.calls:
+        return (
+            "the controller was never stepped. Call controller.step() after every optimizer.step()."
+        )
+    return (
+        f"the controller never acted: the run ended after step {run.step}, and the first "
+        f"decision falls due after step {due}. Lower interval or warmup, or train longer."
+    )
+
+
+def _complain(run: CapacityRun, counts: _Counts) -> None:
+    """Say at the end of the process what an abandoned controller has left undone."""
+    problem = "" if counts.closed else _missing(run, counts)
+    if problem:
+        logging.getLogger("gradrank").error("%s", problem)
 
 
 def reserve(

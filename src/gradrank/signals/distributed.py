@@ -4,7 +4,7 @@ What travels is the sketches, some kilobytes per target and batch; every process
 same merged measurement.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -53,6 +53,22 @@ def all_or_none(work: Callable[[], T]) -> T:
             f"{int(failed.item())} other process(es) could not measure; see their messages."
         )
     return result  # pyright: ignore[reportReturnType]
+
+
+def of_first_process(numbers: Sequence[int]) -> list[int]:
+    """Return the first process's whole numbers in all processes.
+
+    Args:
+        numbers: This process's, equally many in all.
+
+    Returns:
+        The first process's; the same numbers if there is only one process.
+    """
+    if not is_distributed():
+        return list(numbers)
+    sent = torch.tensor(list(numbers), device=_device())
+    dist.broadcast(sent, 0)
+    return sent.tolist()
 
 
 def merge_across_processes(measurement: Measurement) -> Measurement:

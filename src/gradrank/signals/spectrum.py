@@ -1,6 +1,6 @@
 """The spectrum signal: Gram matrices of mini-batch gradients, one per target (GARD)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,7 +118,7 @@ class SpectrumStatistic:
         Returns:
             The statistic.
         """
-        split = {part: _under(tensors, part) for part in ("gram/", "rows/")}
+        split = {part: under(tensors, part) for part in ("gram/", "rows/")}
         return cls(split["gram/"], split["rows/"])
 
 
@@ -299,5 +299,14 @@ def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return moved
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose keys begin with a prefix, without it.
+
+    Args:
+        tensors: Tensors by key.
+        prefix: The prefix.
+
+    Returns:
+        Tensors by the rest of their keys.
+    """
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
