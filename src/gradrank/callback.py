@@ -149,8 +149,7 @@ class CapacityCallback(TrainerCallback):
         run.close()
         model = unwrapped(kwargs["model"])
         sites = lora_sites(model, adapter_name(model, self.adapter)).values()
-        sharded = any(hasattr(site.raw("A"), "full_tensor") for site in sites)
-        if any(site.masked for site in sites) and not sharded:
+        if any(site.masked for site in sites) and wrapping(model) != "FSDP":
             settle(model, self.adapter)
         if run.decisions:
             return

@@ -37,10 +37,8 @@ class Schedule:
     @property
     def decisions(self) -> tuple[int, ...]:
         """Steps after which a decision is taken."""
-        last = self.total_steps - 1
-        if self.freeze_after is not None:
-            last = min(last, self.freeze_after)
-        return tuple(t for t in range(self.interval, last + 1, self.interval) if t > self.warmup)
+        due = range(self.interval, self._last + 1, self.interval)
+        return tuple(step for step in due if step > self.warmup)
 
     def decides(self, step: int) -> bool:
         """Tell whether a decision is taken after a step.
@@ -67,11 +65,14 @@ class Schedule:
 
     def _first_from(self, step: int) -> int | None:
         """The first decision that is not before a step."""
-        last = self.total_steps - 1
-        if self.freeze_after is not None:
-            last = min(last, self.freeze_after)
         candidate = -(-max(step, self.warmup + 1) // self.interval) * self.interval
-        return candidate if candidate <= last else None
+        return candidate if candidate <= self._last else None
+
+    @property
+    def _last(self) -> int:
+        """The last step after which a decision may fall due."""
+        last = self.total_steps - 1
+        return last if self.freeze_after is None else min(last, self.freeze_after)
 
     def check(self, what: str) -> None:
         """Refuse a schedule in which nothing would ever be decided.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gradrank.core.errors import OptionError
+from gradrank.ops.moments import wide_dtype
 
 
 class Form(nn.Module):
@@ -226,7 +227,7 @@ def decompose(A: Tensor, B: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         P ``[d_out, r]``, λ ``[r]`` (not negative, descending) and Q ``[r, d_in]``, in float64
         (float32 on devices without it).
     """
-    dtype = torch.float32 if A.device.type == "mps" else torch.float64
+    dtype = wide_dtype(A)
     if not bool(B.any()) or not bool(A.any()):
         generator = torch.Generator().manual_seed(seed)
         left, right = (

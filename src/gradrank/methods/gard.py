@@ -1,6 +1,5 @@
 """GARD, static: ranks in proportion to the effective rank of the gradients' spectrum."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +9,7 @@ from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
 from gradrank.methods.method import (
     Assessment,
+    by_effective_rank,
     check_rank_bounds,
     check_sketch,
     option,
@@ -68,22 +68,11 @@ class Gard:
             share of the largest effective rank that M batches allow, ``ceil(energy * M)``.
 
         Raises:
-            MeasurementError: If nothing was measured, or every gradient is zero.
+            MeasurementError: If nothing was measured.
         """
         if measurement is None:
             raise MeasurementError("method 'gard' needs a measurement; none was given.")
-        found = measurement.need_spectrum().effective_ranks(self.energy, self.centring)
-        ranks = [found[target.name] for target in targets]
-        total = sum(ranks)
-        if total == 0:
-            raise MeasurementError(
-                f"all {len(targets)} targets have a zero gradient, so that there is nothing to "
-                "allocate by. Check the labels and the loss."
-            )
-        ceiling = math.ceil(self.energy * measurement.batches - 1e-9)
-        rows = list(zip(targets, ranks, strict=True))
-        details = {t.name: {"effective_rank": r, "saturation": r / ceiling} for t, r in rows}
-        return Assessment({t.name: r / total for t, r in rows}, details=details)
+        return by_effective_rank(targets, measurement, self.energy, self.centring)
 
     def ranks(
         self, targets: Sequence[Target], assessment: Assessment, budget: int

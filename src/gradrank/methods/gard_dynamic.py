@@ -15,8 +15,10 @@ from gradrank.methods.method import (
     Assessment,
     Course,
     Decision,
+    by_effective_rank,
     check_rank_bounds,
     check_sketch,
+    normalised,
     option,
     require,
 )
@@ -98,12 +100,7 @@ class DynamicGard:
             return Assessment({target.name: 1 / len(targets) for target in targets})
         if measurement is None:
             raise MeasurementError("gard-dynamic with start='measured' needs a measurement.")
-        found = measurement.need_spectrum().effective_ranks(self.energy, self.centring)
-        ceiling = math.ceil(self.energy * measurement.batches - 1e-9)
-        return Assessment(
-            _normalised({target.name: float(found[target.name]) for target in targets}),
-            details={n: {"effective_rank": r, "saturation": r / ceiling} for n, r in found.items()},
-        )
+        return by_effective_rank(targets, measurement, self.energy, self.centring)
 
     def ranks(
         self, targets: Sequence[Target], assessment: Assessment, budget: int
@@ -195,7 +192,7 @@ class GardCourse:
             return Decision(dict(ranks), details)
         moved = proportional(
             self._targets,
-            _normalised(self._smoothed),
+            normalised(self._smoothed),
             self._budget,
             r_min=method.r_min,
             spend_leftover=method.spend_leftover,
@@ -249,13 +246,3 @@ class GardCourse:
             )
         names = [target.name for target in self._targets]
         self._smoothed = dict(zip(names, values, strict=True)) if values else {}
-
-
-def _normalised(values: Mapping[str, float]) -> dict[str, float]:
-    total = sum(values.values())
-    if total == 0:
-        raise MeasurementError(
-            f"all {len(values)} targets have a zero gradient, so that there is nothing to allocate "
-            "by. Check the labels and the loss."
-        )
-    return {name: value / total for name, value in values.items()}

@@ -1,5 +1,6 @@
 """What a method is: options, the signals it needs, scores, and ranks within a budget."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType
@@ -7,7 +8,7 @@ from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 
 from torch import Tensor
 
-from gradrank.core.errors import OptionError, nearest
+from gradrank.core.errors import MeasurementError, OptionError, nearest
 from gradrank.core.targets import Target
 from gradrank.schedule import Schedule
 from gradrank.signals.measure import MAX_SKETCH, Signal, Spectrum
@@ -122,6 +123,59 @@ class DynamicMethod(Method, Protocol):
     def course(self, targets: Sequence[Target], budget: int, total_steps: int) -> Course:
         """Return the course of one run within ``budget`` parameters."""
         ...
+
+
+def by_effective_rank(
+    targets: Sequence[Target], measurement: Measurement, energy: float, centring: bool
+) -> Assessment:
+    """Return GARD's scores: effective ranks, normalised.
+
+    Args:
+        targets: The targets.
+        measurement: Measurement with the spectrum signal.
+        energy: Threshold of the effective rank.
+        centring: Whether to remove the mean gradient first.
+
+    Returns:
+        Scores that sum to 1, and per target the effective rank and its saturation, the share of
+        the largest effective rank that M batches allow, ``ceil(energy * M)``.
+
+    Source:
+        GARD, section 3.2.
+    """
+    found = measurement.need_spectrum().effective_ranks(energy, centring)
+    ceiling = math.ceil(energy * measurement.batches - 1e-9)
+    return Assessment(
+        normalised({target.name: found[target.name] for target in targets}),
+        details={
+            target.name: {
+                "effective_rank": found[target.name],
+                "saturation": found[target.name] / ceiling,
+            }
+            for target in targets
+        },
+    )
+
+
+def normalised(values: Mapping[str, float]) -> dict[str, float]:
+    """Return values as shares of their sum.
+
+    Args:
+        values: Numbers of 0 or more by target name.
+
+    Returns:
+        The shares.
+
+    Raises:
+        MeasurementError: If all are zero.
+    """
+    total = sum(values.values())
+    if total == 0:
+        raise MeasurementError(
+            f"all {len(values)} targets have a zero gradient, so that there is nothing to allocate "
+            "by. Check the labels and the loss."
+        )
+    return {name: value / total for name, value in values.items()}
 
 
 def option(default: Any, text: str) -> Any:

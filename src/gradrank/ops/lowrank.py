@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradrank.ops.moments import wide_dtype
+
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
@@ -49,7 +51,7 @@ def truncate(A: Tensor, B: Tensor, rank: int) -> Truncation:
     Source:
         Eckart and Young, Psychometrika 1936; GARD, section 3.4 (ranks that shrink).
     """
-    left, right = B.detach().to(_wide(B)), A.detach().to(_wide(A))
+    left, right = B.detach().to(wide_dtype(B)), A.detach().to(wide_dtype(A))
     q_a, r_a = torch.linalg.qr(right.T)
     r_b = torch.linalg.qr(left).R
     kept = torch.linalg.svd(r_b @ r_a.T, full_matrices=True).Vh[:rank].T
@@ -100,7 +102,7 @@ def fresh_rows(A: Tensor, count: int, seed: int, sketch: Tensor | None = None) -
         GARD, section 3.4 (ranks that grow); Halko, Martinsson and Tropp, SIAM Review 2011, for
         the directions of a matrix from its sketch.
     """
-    old = A.detach().to(_wide(A))
+    old = A.detach().to(wide_dtype(A))
     norm = float(old.norm()) / max(old.shape[0], 1) ** 0.5 or 3**-0.5
     taken = _span(old, _noise(A))
     rows = old[:0]
@@ -138,8 +140,3 @@ def _leading(sketch: Tensor, taken: Tensor, count: int, noise: float) -> Tensor:
 def _noise(stored: Tensor) -> float:
     """Relative size below which a singular value of a stored matrix is rounding."""
     return torch.finfo(stored.dtype).eps
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    # Double precision is left alone by autocast and by the reduced-precision float32 of GPUs.
-    return torch.float32 if tensor.device.type == "mps" else torch.float64

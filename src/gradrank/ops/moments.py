@@ -197,7 +197,7 @@ def carry_centred(square: Tensor, mean: Tensor, carry: Carry, axis: int) -> Tens
     """
     if carry.matrix is None:
         return carry_tensor(square, carry, axis, "second")
-    wide = _wide(square)
+    wide = wide_dtype(square)
     variance = (square.to(wide) - mean.to(wide).square()).clamp_min(0)
     carry.check(square.shape[axis])
     # The mean as it will be stored: rounding must not lift its square above the mean square.
@@ -230,7 +230,7 @@ def carry_factored(along: Tensor, across: Tensor, carry: Carry, axis: int) -> tu
         Shazeer and Stern, "Adafactor", arXiv 1804.04235, Algorithm 2.
     """
     moved = carry_tensor(along, carry, axis, "second")
-    wide = _wide(along)
+    wide = wide_dtype(along)
     before, after = along.mean(dtype=wide), moved.mean(dtype=wide)
     ratio = torch.where((before > 0) & (after > 0), after / before, torch.ones_like(before))
     return moved, (across.detach().to(wide) * ratio).to(across.dtype)
@@ -240,7 +240,7 @@ def _carried(tensor: Tensor, carry: Carry, axis: int, role: Role) -> Tensor:
     """The carried components alone."""
     if carry.matrix is None:
         return tensor.index_select(axis, torch.tensor(carry.indices, device=tensor.device).long())
-    wide = _wide(tensor)
+    wide = wide_dtype(tensor)
     matrix, values = carry.matrix.to(tensor.device, wide), tensor.to(wide)
     if role in {"second", "magnitude"}:
         matrix = matrix.square()
@@ -259,13 +259,21 @@ def _append(core: Tensor, carry: Carry, axis: int, role: Role) -> Tensor:
     shape = list(core.shape)
     shape[axis] = carry.fresh
     if role in {"second", "magnitude"} and carry.carried:
-        fresh = core.mean(axis, keepdim=True, dtype=_wide(core)).to(core.dtype).expand(shape)
+        fresh = core.mean(axis, keepdim=True, dtype=wide_dtype(core)).to(core.dtype).expand(shape)
     else:
         fresh = core.new_zeros(shape)
     shape[axis] = carry.blank
     return torch.cat([core, fresh, core.new_zeros(shape)], axis)
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype to compute in before rounding once: float64, or float32 where there is none.
+
+    Args:
+        tensor: A tensor on the device in question.
+
+    Returns:
+        The dtype.
+    """
     # Double precision is left alone by autocast and by the reduced-precision float32 of GPUs.
     return torch.float32 if tensor.device.type == "mps" else torch.float64
