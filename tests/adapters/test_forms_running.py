@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,20 +103,28 @@ class Chain(nn.Module):
         return x
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize(
-    "backend",
-    [
-        "aot_eager",
-        pytest.param(
-            "inductor",
-            marks=pytest.mark.skipif(
-                shutil.which("g++") is None, reason="inductor needs a C++ compiler"
-            ),
-        ),
-    ],
-)
-def test_compiled_models_agree_and_are_not_compiled_again(backend: str) -> None:
+def needs_inductor() -> None:
+    """Skip where torch itself cannot compile: no compiler, or no way to find its own headers."""
+    if shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    torch._dynamo.reset()
+    try:
+        # Nothing of ours: what fails here fails in torch's own set-up.
+        torch.compile(lambda x: x.sin() + 1, backend="inductor")(torch.ones(3))
+    except Exception as error:
+        pytest.skip(f"torch cannot compile with inductor here: {str(error)[:200]}")
+
+
+# Torch's own set-up for inductor warns of what the machine has; ours is the agreement alone.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_models_agree_and_are_not_compiled_again(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "inductor":
+        # A cache that other runs have filled takes other paths through torch.
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        needs_inductor()
     torch._dynamo.reset()
     model = build(Chain(), target_modules=[f"stages.{i}" for i in range(len(KINDS))])
     for layer, kind in zip(lora_layers(model), KINDS, strict=True):
