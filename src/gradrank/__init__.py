@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradrank.adapters.edits import Drop as Drop
     from gradrank.adapters.edits import Grow as Grow
+    from gradrank.adapters.edits import Select as Select
     from gradrank.adapters.edits import Shrink as Shrink
     from gradrank.adapters.export import ExportReport as ExportReport
     from gradrank.adapters.surgery import EditReport as EditReport
@@ -35,12 +36,15 @@ if TYPE_CHECKING:
     from gradrank.core.plan import Plan as Plan
     from gradrank.core.plan import PlannedTarget as PlannedTarget
     from gradrank.core.targets import Target as Target
+    from gradrank.methods.adalora import AdaLora as AdaLora
+    from gradrank.methods.course import DynamicMethod as DynamicMethod
     from gradrank.methods.depth import Depth as Depth
     from gradrank.methods.gard import Gard as Gard
     from gradrank.methods.gard_dynamic import DynamicGard as DynamicGard
     from gradrank.methods.gradient_norm import GradientNorm as GradientNorm
+    from gradrank.methods.igu import Igu as Igu
+    from gradrank.methods.igu_direction import IguDirection as IguDirection
     from gradrank.methods.method import Assessment as Assessment
-    from gradrank.methods.method import DynamicMethod as DynamicMethod
     from gradrank.methods.method import Method as Method
     from gradrank.methods.permuted import Permuted as Permuted
     from gradrank.methods.random_scores import RandomScores as RandomScores
@@ -59,7 +63,7 @@ if TYPE_CHECKING:
     from gradrank.signals.measurement import Measurement as Measurement
 
 _WHERE = {
-    "gradrank.adapters.edits": ("Drop", "Grow", "Shrink"),
+    "gradrank.adapters.edits": ("Drop", "Grow", "Select", "Shrink"),
     "gradrank.adapters.surgery": ("EditReport", "edit"),
     "gradrank.callback": ("CapacityCallback", "prepare_trainer"),
     "gradrank.controller": ("Controller", "reserve", "settle"),
@@ -78,11 +82,15 @@ _WHERE = {
     ),
     "gradrank.core.plan": ("Plan", "PlannedTarget"),
     "gradrank.core.targets": ("Target",),
+    "gradrank.methods.adalora": ("AdaLora",),
+    "gradrank.methods.course": ("DynamicMethod",),
     "gradrank.methods.depth": ("Depth",),
     "gradrank.methods.gard": ("Gard",),
     "gradrank.methods.gard_dynamic": ("DynamicGard",),
     "gradrank.methods.gradient_norm": ("GradientNorm",),
-    "gradrank.methods.method": ("Assessment", "DynamicMethod", "Method"),
+    "gradrank.methods.igu": ("Igu",),
+    "gradrank.methods.igu_direction": ("IguDirection",),
+    "gradrank.methods.method": ("Assessment", "Method"),
     "gradrank.methods.permuted": ("Permuted",),
     "gradrank.methods.random_scores": ("RandomScores",),
     "gradrank.methods.registry": ("METHODS",),

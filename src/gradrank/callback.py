@@ -14,13 +14,14 @@ from gradrank.adapters.guard import wrapping
 from gradrank.adapters.reserve import refit, settle
 from gradrank.adapters.view import adapter_name, lora_sites
 from gradrank.capacity import CapacityRun
-from gradrank.controller import dynamic_method, reserve
+from gradrank.controller import dynamic_method, reserve, starts_wide
 from gradrank.core import marker
 from gradrank.core.budget import Budget
 from gradrank.core.errors import DataError, OptionError, SurgeryError
 from gradrank.methods.method import Method
 from gradrank.signals.distributed import is_distributed
 from gradrank.signals.layers import unwrapped
+from gradrank.signals.replay import LossFunction
 
 
 class CapacityCallback(TrainerCallback):
@@ -43,6 +44,7 @@ class CapacityCallback(TrainerCallback):
         options: Mapping[str, Any] | None = None,
         adapter: str | None = None,
         seed: int = 0,
+        loss_function: LossFunction | None = None,
     ) -> None:
         """Prepare.
 
@@ -51,9 +53,12 @@ class CapacityCallback(TrainerCallback):
             budget: Parameters that may be in use at any moment.
             options: Options, when the method is given by name.
             adapter: Name of the adapter, if several are active.
-            seed: Seed of sketches and of new directions.
+            seed: Seed of sketches, of points on the path and of new directions.
+            loss_function: ``loss_function(model, batch)`` for methods that repeat mini-batches on
+                models that return no loss.
         """
         self.method, self.budget = dynamic_method(method, options), Budget.parse(budget)
+        self.loss_function = loss_function
         self.adapter, self.seed = adapter, seed
         self.run: CapacityRun | None = None
         self.resume_from: Path | None = None
@@ -61,12 +66,17 @@ class CapacityCallback(TrainerCallback):
     @property
     def ranks_over_time(self) -> list[Any]:
         """``[step, {target: rank}]``, the ranks at the start first."""
-        return self.run.ranks_over_time if self.run else self._saved("ranks_over_time")
+        return self.run.ranks_over_time if self.run else self._saved("ranks_over_time") or []
 
     @property
     def decisions(self) -> list[dict[str, Any]]:
         """One entry per decision."""
-        return self.run.decisions if self.run else self._saved("decisions")
+        return self.run.decisions if self.run else self._saved("decisions") or []
+
+    @property
+    def start_parameters(self) -> int | None:
+        """Adapter parameters in use when the run began; None before."""
+        return self.run.start_parameters if self.run else self._saved("start_parameters")
 
     def close(self) -> None:
         """Remove all hooks; safe to call twice."""
@@ -74,16 +84,17 @@ class CapacityCallback(TrainerCallback):
             self.run.close()
 
     def attach(self, model: nn.Module, args: Any) -> None:
-        """Reserve ranks if the run will keep shapes fixed; safe to call twice.
+        """Give the adapter the shape that the method starts from; safe to call twice.
 
         Args:
             model: The PEFT model, not wrapped yet.
             args: The Trainer's arguments.
         """
         adapter = adapter_name(model, self.adapter)
-        masked = any(site.masked for site in lora_sites(model, adapter).values())
-        if _keeps_shapes(args) and not masked:
-            reserve(model, self.method, self.budget, adapter=adapter)
+        fixed = _keeps_shapes(args)
+        plain = all(site.form == "plain" for site in lora_sites(model, adapter).values())
+        if plain and (fixed or starts_wide(model, self.method, self.budget, adapter)):
+            reserve(model, self.method, self.budget, adapter=adapter, seed=self.seed, fixed=fixed)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reserve ranks before the Trainer wraps the model."""
@@ -106,6 +117,7 @@ class CapacityCallback(TrainerCallback):
             state.max_steps,
             self.adapter,
             self.seed,
+            self.loss_function,
         )
         if self.resume_from is not None:
             self.run.restore(self.resume_from / sidecar.FILE)
@@ -140,7 +152,7 @@ class CapacityCallback(TrainerCallback):
             marker.seal(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remove the hooks, give masked layers their real ranks, and tell what was missing.
+        """Remove the hooks, make the layers plain again, and tell what was missing.
 
         Raises:
             SurgeryError: If no decision was ever taken though the run went to its end.
@@ -149,7 +161,7 @@ class CapacityCallback(TrainerCallback):
         run.close()
         model = unwrapped(kwargs["model"])
         sites = lora_sites(model, adapter_name(model, self.adapter)).values()
-        if any(site.masked for site in sites) and wrapping(model) != "FSDP":
+        if any(site.form != "plain" for site in sites) and wrapping(model) != "FSDP":
             settle(model, self.adapter)
         if run.decisions:
             return
@@ -162,11 +174,11 @@ class CapacityCallback(TrainerCallback):
             raise SurgeryError(f"{problem} No decision was taken; the callback was not called.")
         warnings.warn(f"{problem} The ranks are those of the start.", UserWarning, stacklevel=2)
 
-    def _saved(self, key: str) -> list[Any]:
+    def _saved(self, key: str) -> Any:
         """What a finished checkpoint that was loaded knows, when nothing is left to train."""
         if self.resume_from is None:
-            return []
-        return list(sidecar.read(self.resume_from / sidecar.FILE)[0].get(key, ()))
+            return None
+        return sidecar.read(self.resume_from / sidecar.FILE)[0].get(key)
 
     def _running(self) -> CapacityRun:
         if self.run is None:

@@ -10,21 +10,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradrank.adapters import guard, sidecar
-from gradrank.adapters.edits import Edit, Grow, Shrink
-from gradrank.adapters.reserve import refit
+from gradrank.adapters.edits import Edit, Select
+from gradrank.adapters.reserve import refit, restart
 from gradrank.adapters.surgery import EditReport, edit, parameters_in_use
 from gradrank.adapters.view import LoraSite, adapter_name, lora_sites, lora_targets, unsupported
 from gradrank.core.budget import Budget
 from gradrank.core.errors import BudgetError, DataError, OptionError, SurgeryError
 from gradrank.core.targets import Target
-from gradrank.methods.method import Course, Decision, DynamicMethod
+from gradrank.methods.course import Course, Decision, DirectionCourse, DynamicMethod
 from gradrank.ops.sketch import seed_of
 from gradrank.record import finite
 from gradrank.session import base_parameters
-from gradrank.signals.distributed import is_distributed, of_first_process
-from gradrank.signals.layers import find_sites, is_compiled, unwrapped
+from gradrank.signals.distributed import is_distributed
+from gradrank.signals.layers import is_compiled, unwrapped
+from gradrank.signals.replay import LossFunction
 from gradrank.signals.spectrum import under
-from gradrank.signals.window import Window
+from gradrank.watch import Watch, watch_for
 
 
 class CapacityRun:
@@ -35,6 +36,7 @@ class CapacityRun:
     Attributes:
         course: The method's course.
         budget: Parameters that may be in use at any moment.
+        start_parameters: Adapter parameters in use when the run began.
         step: Last step that ended.
         ranks_over_time: ``[step, {target: rank}]``, the ranks at the start first.
         decisions: One entry per decision, as :class:`gradrank.RunRecord` keeps them.
@@ -49,6 +51,7 @@ class CapacityRun:
         total_steps: int,
         adapter: str | None = None,
         seed: int = 0,
+        loss_function: LossFunction | None = None,
     ) -> None:
         """Check that everything the run will need can be done; change nothing.
 
@@ -59,7 +62,9 @@ class CapacityRun:
             budget: Budget in parameters.
             total_steps: Optimizer steps of the run.
             adapter: Name of the adapter, if several are active.
-            seed: Seed of sketches and of new directions.
+            seed: Seed of sketches, of points on the path and of new directions.
+            loss_function: ``loss_function(model, batch)``, for methods with passes of their own
+                on models that return no loss.
         """
         self._model, self._optimizer = model, optimizer
         self._method, self._seed = method, seed
@@ -70,12 +75,9 @@ class CapacityRun:
         self.course.schedule.check(f"method '{method.name}'")
         self._targets = targets
         self._check(model, optimizer)
-        self._window = Window(
-            find_sites(model, [target.name for target in targets]),
-            self.course.signal,
-            self.course.schedule.window,
-            seed,
-            directions=self.course.grow == "gradient",
+        self.start_parameters = self.parameters
+        self._watch: Watch = watch_for(
+            self.course, model, optimizer, targets, self._adapter, seed, loss_function
         )
         self.step = 0
         self.ranks_over_time: list[Any] = [[0, self.ranks]]
@@ -85,7 +87,7 @@ class CapacityRun:
     def ranks(self) -> dict[str, int]:
         """Ranks in use, by target name, in model order."""
         sites = self._sites()
-        return {target.name: sites[target.name].rank for target in self._targets}
+        return {t.name: sites[t.name].rank if t.name in sites else 0 for t in self._targets}
 
     @property
     def parameters(self) -> int:
@@ -93,15 +95,12 @@ class CapacityRun:
         return parameters_in_use(self._sites())
 
     def before_step(self, step: int) -> None:
-        """Install or remove hooks for a step that begins.
+        """Get ready for a step that begins.
 
         Args:
             step: The step, from 1.
         """
-        if self.course.schedule.observes(step):
-            self._window.open()
-        else:
-            self._window.close()
+        self._watch.before_step(step)
 
     def after_step(self, step: int) -> EditReport | None:
         """Take in a step that ended, and move capacity if a decision falls due.
@@ -112,8 +111,7 @@ class CapacityRun:
         Returns:
             What was moved, if a decision was taken.
         """
-        if self._window.is_open:
-            self._window.end_step(step)
+        self._watch.after_step(step)
         self.step = step
         report = self._decide(step) if self.course.schedule.decides(step) else None
         self.before_step(step + 1)
@@ -121,7 +119,7 @@ class CapacityRun:
 
     def close(self) -> None:
         """Remove all hooks; safe to call twice."""
-        self._window.close()
+        self._watch.close()
 
     def _sites(self) -> dict[str, LoraSite]:
         return lora_sites(self._model, self._adapter)
@@ -151,45 +149,66 @@ class CapacityRun:
                 "budget) before the optimizer is made and the model is wrapped; with a Trainer, "
                 "pass CapacityCallback to its constructor or call gradrank.prepare_trainer first."
             )
-        edits: dict[str, Edit] = {name: Shrink(site.rank) for name, site in sites.items()}
+        self._check_form(sites, fixed)
+        edits: dict[str, Edit] = {n: Select(tuple(range(s.rank))) for n, s in sites.items()}
         guard.check(sites, edits, optimizer, model=model)
         used = parameters_in_use(sites)
-        if used > self.budget:
+        if used > self.course.allowed(0, used):
             raise BudgetError(
                 f"the adapter has {used:,} parameters, more than the budget of {self.budget:,}. "
                 "Begin with lower ranks (gradrank.plan makes a fitting LoraConfig), or raise it."
             )
 
+    def _check_form(self, sites: Mapping[str, LoraSite], fixed: str | None) -> None:
+        """Refuse layers that are not in the form that the course works on."""
+        prunes = isinstance(self.course, DirectionCourse)
+        wrong = [name for name, site in sites.items() if (site.form == "svd") != prunes]
+        name = self._method.name
+        if wrong and prunes:
+            raise SurgeryError(
+                f"method '{name}' trains P diag(lambda) Q, and {len(wrong)} of {len(sites)} layers "
+                f"('{wrong[0]}', ...) are plain. Call gradrank.reserve(model, '{name}', budget) "
+                "before the optimizer is made; with a Trainer, pass CapacityCallback to its "
+                "constructor."
+            )
+        if wrong:
+            raise SurgeryError(
+                f"method '{name}' works on plain LoRA factors, and {len(wrong)} layers "
+                f"('{wrong[0]}', ...) are in SVD form. Call gradrank.settle(model) first."
+            )
+        if prunes and fixed in {"FSDP", "DeepSpeed"}:
+            raise SurgeryError(
+                f"method '{name}' looks at whole gradients before each optimizer step, and {fixed} "
+                "shards them. Train under DistributedDataParallel or in one process, or use "
+                "'gard-dynamic'."
+            )
+
     def _decide(self, step: int) -> EditReport:
         started = time.perf_counter()
-        ranks = self.ranks
-        decision = self.course.decide(ranks, self._window.measurement())
-        names = [target.name for target in self._targets]
-        agreed = of_first_process([decision.ranks[name] for name in names])
-        wanted = dict(zip(names, agreed, strict=True))
-        sketches = self._window.directions()
+        allowed = self.course.allowed(step, self.start_parameters)
+        decision, edits = self._watch.decide(self.ranks, allowed)
         report = edit(
             self._model,
-            {
-                name: self._edit(ranks[name], rank, sketches.get(name))
-                for name, rank in wanted.items()
-            },
+            edits,
             self._optimizer,
             adapter=self._adapter,
             seed=seed_of(self._seed, "step", step),
         )
-        if report.parameters[1] > self.budget:
+        self._watch.decided(decision)
+        if report.parameters[1] > allowed:
             raise BudgetError(
                 f"step {step}: {report.parameters[1]:,} parameters are in use, more than the "
-                f"budget of {self.budget:,}; method '{self._method.name}' overspent."
+                f"{allowed:,} that are allowed; method '{self._method.name}' overspent."
             )
-        self._note(step, decision, report, time.perf_counter() - started)
+        course, last = self.course, step == self.course.schedule.decisions[-1]
+        if last and isinstance(course, DirectionCourse) and course.restarts:
+            restart(self._model, self._optimizer, self._adapter, seed_of(self._seed, "restart"))
+        self._note(step, decision, report, allowed, time.perf_counter() - started)
         return report
 
-    def _edit(self, now: int, rank: int, sketch: Tensor | None) -> Edit:
-        return Grow(rank, sketch) if rank > now else Shrink(rank, self.course.shrink)
-
-    def _note(self, step: int, decision: Decision, report: EditReport, seconds: float) -> None:
+    def _note(
+        self, step: int, decision: Decision, report: EditReport, allowed: int, seconds: float
+    ) -> None:
         changed = [name for name, (old, new) in report.ranks.items() if old != new]
         if changed:
             self.ranks_over_time.append([step, self.ranks])
@@ -197,11 +216,12 @@ class CapacityRun:
             {
                 "step": step,
                 "parameters": report.parameters[1],
-                "budget": self.budget,
+                "budget": allowed,
                 "moved": report.moved,
                 "changed": len(changed),
                 "seconds": seconds,
-                "left_out": self._window.dropped,
+                "left_out": self._watch.left_out,
+                **decision.facts,
                 **{key: dict(column) for key, column in decision.details.items()},
             }
         )
@@ -214,9 +234,9 @@ class CapacityRun:
             write: Whether this process writes; the others take part in gathering.
         """
         tensors = {f"course/{key}": value for key, value in self.course.state().items()}
-        tensors |= {f"window/{key}": value for key, value in self._window.state().items()}
-        masked = sidecar.masked_tensors(unwrapped(self._model), self._adapter)
-        tensors |= {f"masked/{key}": value for key, value in masked.items()}
+        tensors |= self._watch.state()
+        formed = sidecar.formed_tensors(unwrapped(self._model), self._adapter)
+        tensors |= {f"formed/{key}": value for key, value in formed.items()}
         if write:
             sidecar.write(path, finite(self._facts()), tensors)
 
@@ -247,7 +267,7 @@ class CapacityRun:
         found: Any = sidecar.read(path)[0].get("ranks")
         ranks: dict[str, Any] = found if isinstance(found, dict) else {}
         known = set(ranks) == {target.name for target in self._targets}
-        if not known or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
+        if not known or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
             raise DataError(
                 f"'{path.name}' does not hold a rank for each of this model's targets "
                 f"({len(self._targets)}): it is damaged, or belongs to another model."
@@ -262,7 +282,7 @@ class CapacityRun:
             raise OptionError(
                 f"the checkpoint was made with other settings: {listed}. Resume with the same ones."
             )
-        sidecar.load_masked(unwrapped(self._model), self._adapter, under(tensors, "masked/"))
+        sidecar.load_formed(unwrapped(self._model), self._adapter, under(tensors, "formed/"))
         if facts["ranks"] != self.ranks:
             raise SurgeryError(
                 "the model does not have the checkpoint's ranks. Call "
@@ -272,7 +292,8 @@ class CapacityRun:
         for name, site in self._sites().items():
             site.layer.scaling[self._adapter] = facts["scaling"][name]
         self.course.restore(under(tensors, "course/"))
-        self._window.restore(under(tensors, "window/"))
+        self._watch.restore(tensors)
+        self.start_parameters = facts["start_parameters"]
         if type(facts["step"]) is not int:
             raise TypeError(f"step {facts['step']!r}")
         self.step = facts["step"]
@@ -289,6 +310,7 @@ class CapacityRun:
             "fixed_shape": any(site.masked for site in self._sites().values()),
             "processes": dist.get_world_size() if is_distributed() else 1,
             "step": self.step,
+            "start_parameters": self.start_parameters,
             "ranks": self.ranks,
             "scaling": {name: site.scaling for name, site in self._sites().items()},
             "ranks_over_time": self.ranks_over_time,

@@ -12,15 +12,18 @@ from torch import nn
 
 from gradrank.adapters import sidecar
 from gradrank.adapters.optimizers import inner_optimizer
-from gradrank.adapters.reserve import reserve_ranks, settle
+from gradrank.adapters.reserve import reserve_ranks, settle, start_svd
 from gradrank.adapters.stores import is_zero
 from gradrank.adapters.surgery import EditReport
 from gradrank.adapters.view import adapter_name, lora_targets
 from gradrank.capacity import CapacityRun, resolve
 from gradrank.core.budget import Budget
 from gradrank.core.errors import OptionError, SurgeryError
-from gradrank.methods.method import DynamicMethod, Method
+from gradrank.methods.course import Course, DirectionCourse, DynamicMethod
+from gradrank.methods.method import Method
 from gradrank.methods.registry import create
+from gradrank.signals.distributed import is_distributed
+from gradrank.signals.replay import LossFunction
 
 __all__ = ["Controller", "dynamic_method", "reserve", "settle"]
 
@@ -60,6 +63,7 @@ class Controller:
         options: Mapping[str, Any] | None = None,
         adapter: str | None = None,
         seed: int = 0,
+        loss_function: LossFunction | None = None,
     ) -> None:
         """Check everything and begin to observe.
 
@@ -72,7 +76,10 @@ class Controller:
             total_steps: Optimizer steps of the whole run.
             options: Options, when the method is given by name.
             adapter: Name of the adapter, if several are active.
-            seed: Seed of sketches and of new directions.
+            seed: Seed of sketches, of points on the path and of new directions.
+            loss_function: ``loss_function(model, batch)`` for methods that repeat mini-batches
+                (``igu``, ``igu-direction``) on models that return no loss; ``batch`` is what the
+                model was called with.
 
         Raises:
             OptionError: If ``total_steps`` is missing, or the method is static.
@@ -83,7 +90,9 @@ class Controller:
                 "the whole run."
             )
         chosen = dynamic_method(method, options)
-        self.run = CapacityRun(model, optimizer, chosen, budget, total_steps, adapter, seed)
+        self.run = CapacityRun(
+            model, optimizer, chosen, budget, total_steps, adapter, seed, loss_function
+        )
         self._total = total_steps
         self._counts = _Counts()
         self._hook = self._hooked(inner_optimizer(optimizer))
@@ -232,13 +241,20 @@ def reserve(
     *,
     options: Mapping[str, Any] | None = None,
     adapter: str | None = None,
+    seed: int = 0,
+    fixed: bool | None = None,
 ) -> None:
-    """Reserve the ranks that a dynamic method may reach, at fixed shapes.
+    """Give an adapter the shape that a dynamic method starts from.
 
-    For training in several processes (DistributedDataParallel, FSDP2, DeepSpeed), before the
-    optimizer is made and the model is wrapped. Components that are not in use are masked: they
-    change nothing, get no gradient and count for nothing in the budget, but they take memory.
-    After training, :func:`settle` gives the layers their real ranks.
+    Call it before the optimizer is made and the model is wrapped.
+
+    Methods that prune (``igu``, ``igu-direction``, ``adalora``) start with more than the budget:
+    the adapter is widened to their initial rank and written as ``P diag(lambda) Q``.
+    ``gard-dynamic`` needs it only where several processes train (DistributedDataParallel, FSDP2,
+    DeepSpeed), where parameters cannot change their shape: the ranks that it may reach are
+    reserved. Components that are not in use are then masked: they change nothing, get no gradient
+    and count for nothing in the budget, but they take memory. After training, :func:`settle` gives
+    the layers their real ranks and plain factors.
 
     Args:
         model: The PEFT model.
@@ -246,12 +262,41 @@ def reserve(
         budget: Its budget.
         options: Options, when the method is given by name.
         adapter: Name of the adapter, if several are active.
+        seed: Seed of the directions of an adapter that is still zero.
+        fixed: Whether a method that prunes keeps the shapes fixed; None: where several processes
+            train.
     """
-    chosen = dynamic_method(method, options)
+    course = _course(model, dynamic_method(method, options), budget, adapter)
+    if isinstance(course, DirectionCourse):
+        keeps = is_distributed() if fixed is None else fixed
+        start_svd(model, course.ceilings, adapter, seed, keeps)
+    else:
+        reserve_ranks(model, course.ceilings, adapter)
+
+
+def starts_wide(
+    model: nn.Module, method: DynamicMethod, budget: Budget, adapter: str | None = None
+) -> bool:
+    """Tell whether a method starts with more than its budget, in SVD form.
+
+    Args:
+        model: The PEFT model.
+        method: The method.
+        budget: Its budget.
+        adapter: Name of the adapter, if several are active.
+
+    Returns:
+        Whether it does, so that :func:`reserve` has to be called before every run.
+    """
+    return isinstance(_course(model, method, budget, adapter), DirectionCourse)
+
+
+def _course(
+    model: nn.Module, method: DynamicMethod, budget: "str | int | Budget", adapter: str | None
+) -> Course:
+    """A course whose shapes are right; they do not depend on the length of the run."""
     targets = lora_targets(model, adapter_name(model, adapter))
-    parameters = resolve(model, targets, budget)
-    # The ceilings do not depend on the length of the run, which is not known yet.
-    reserve_ranks(model, chosen.course(targets, parameters, 1).ceilings, adapter)
+    return method.course(targets, resolve(model, targets, budget), 1)
 
 
 def dynamic_method(method: "str | Method", options: Mapping[str, Any] | None) -> DynamicMethod:
@@ -274,6 +319,7 @@ def dynamic_method(method: "str | Method", options: Mapping[str, Any] | None) ->
         name = getattr(chosen, "name", type(chosen).__name__)
         raise OptionError(
             f"method '{name}' decides once, before training; use plan.lora_config() or "
-            "gradrank.apply(plan, model). 'gard-dynamic' moves capacity while training."
+            "gradrank.apply(plan, model). 'gard-dynamic', 'igu' and 'adalora' move capacity while "
+            "training."
         )
     return chosen

@@ -23,7 +23,9 @@ _FORMS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("ranks_over_time", "decisions"), list, "a list"),
 )
 _DECISION_COUNTS = ("step", "parameters", "budget", "moved", "changed")
-_DECISION_MAPS = ("effective_rank", "smoothed", "energy")
+_DECISION_MAPS = ("effective_rank", "smoothed", "energy", "importance")
+_DECISION_NUMBERS = ("seconds", "passes", "attributed", "loss_change", "gap")
+_NEVER_NEGATIVE = ("passes", "gap")
 
 
 @dataclass
@@ -47,19 +49,35 @@ class RunRecord:
         losses: ``train`` and ``eval``: lists of ``[step, loss]``, loss in nats per predicted
             item.
         ranks_over_time: List of ``[step, {target: rank}]``: the ranks at the start (step 0), then
-            one entry per decision that changed something; one entry for static methods.
-        decisions: One entry per allocation decision during training, in order: ``step``,
-            ``parameters`` (of the adapter, in use after it), ``budget``, ``moved`` (parameters
-            given to targets that grew), ``changed`` (targets whose rank changed), ``seconds``
-            (merge of the measuring window, allocation and surgery), ``left_out`` (mini-batches
-            with a NaN or infinite gradient so far), and per target
-            ``effective_rank`` (of the window), ``smoothed`` (its moving average, which was
-            allocated by) and ``energy`` (trace of the window's Gram matrix: mean squared gradient
-            norm). Only ``step`` is required. Empty for static methods and in older records.
+            one entry per decision that changed something; one entry for static methods. Rank 0: the
+            target has no adapter (any more). Methods that prune begin above the plan's budget.
+        decisions: One entry per allocation decision during training, in order; see below.
         metrics: Final metrics by name (``eval_loss``, ``perplexity``, ``accuracy``, ...).
         cost: ``measure_seconds``, ``train_seconds``, ``eval_seconds``, ``steps``,
             ``tokens``, ``peak_memory_bytes`` and what else is known.
         trainable_parameters: ``peak`` and ``final`` of the adapter, ``other`` (a task head).
+
+    A decision holds ``step`` and, as far as it is known:
+
+    - Of every method: ``parameters`` (of the adapter, in use after it), ``budget`` (parameters
+      allowed after it: one number for methods that move capacity, a falling curve that ends at the
+      plan's budget for those that prune), ``moved`` (parameters given to targets that grew),
+      ``changed`` (targets whose rank changed), ``seconds`` (allocation and surgery, and the merge
+      of a measuring window; never scoring passes) and ``left_out`` (mini-batches with a NaN or
+      infinite gradient so far).
+    - Of methods that measure a window, per target: ``effective_rank``, ``smoothed`` (its moving
+      average, which was allocated by) and ``energy`` (trace of the window's Gram matrix: mean
+      squared gradient norm).
+    - Of methods that prune, per target: ``importance``, the sum of the scores of the directions
+      that were kept, in the method's unit; it may be negative, and a target may be missing.
+    - Of methods that prune: ``passes``, the forward and backward passes that scoring alone has
+      taken so far.
+    - Of methods whose attributions are complete, over the looks since the last decision:
+      ``attributed`` (the sum of all attributions) and ``loss_change`` (what the adapter changes
+      the loss by), means in nats, and ``gap``, the completeness gap: their distance relative to the
+      loss change, 0 or more.
+
+    Older records lack some or all of these.
     """
 
     name: str
@@ -121,12 +139,10 @@ class RunRecord:
                 raise DataError(f"{where}: field '{wrong[0]}' must be {what}.")
         if not all(_is_curve(curve) for curve in record.losses.values()):
             raise DataError(f"{where}: field 'losses' must hold lists of [step, loss].")
-        if not all(_is_decision(entry) for entry in record.decisions):
-            raise DataError(
-                f"{where}: field 'decisions' must hold objects with a step, whole numbers for "
-                f"{', '.join(_DECISION_COUNTS[1:])} and numbers by target for "
-                f"{', '.join(_DECISION_MAPS)}."
-            )
+        for position, entry in enumerate(record.decisions):
+            fault = _fault(entry)
+            if fault:
+                raise DataError(f"{where}: field 'decisions', entry {position + 1}: {fault}.")
         return record
 
     @classmethod
@@ -152,26 +168,45 @@ def _is_curve(curve: Any) -> bool:
     )
 
 
-def _is_decision(entry: Any) -> bool:
-    """Check the form of one decision; what a later version adds to it is let through."""
+def _fault(entry: Any) -> str:
+    """Say what is wrong with a decision, or ""; what a later version adds to it is let through."""
     if not isinstance(entry, dict) or entry.get("step") is None:
-        return False
-    counts = [entry.get(key) for key in _DECISION_COUNTS]
-    maps = [entry.get(key, {}) for key in _DECISION_MAPS]
-    return (
-        all(count is None or _is_count(count) for count in counts)
-        and _is_number(entry.get("seconds"))
-        and all(isinstance(each, dict) for each in maps)
-        and all(_is_number(value) for each in maps for value in each.values())
-    )
+        return f"it must be an object with a step, and is {_shown(entry)}"
+    for key in _DECISION_COUNTS:
+        if not _is_count(entry.get(key)):
+            return f"'{key}' must be a whole number of at least 0, and is {_shown(entry[key])}"
+    for key in _DECISION_NUMBERS:
+        value = entry.get(key)
+        if not _is_number(value) or (key in _NEVER_NEGATIVE and value is not None and value < 0):
+            least = " of at least 0" if key in _NEVER_NEGATIVE else ""
+            return f"'{key}' must be a finite number{least}, and is {_shown(value)}"
+    return next((bad for key in _DECISION_MAPS if (bad := _column_fault(key, entry))), "")
+
+
+def _column_fault(key: str, entry: dict[str, Any]) -> str:
+    column = entry.get(key, {})
+    if not isinstance(column, dict):
+        return f"'{key}' must be an object of numbers by target, and is {_shown(column)}"
+    for name, value in column.items():
+        if not _is_number(value):
+            return f"'{key}' of {_shown(name)} must be a finite number, and is {_shown(value)}"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
 
 
 def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    """Check for a finite number; None stands for one that JSON could not hold."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return True
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def finite(value: Any) -> Any:

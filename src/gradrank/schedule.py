@@ -90,3 +90,111 @@ class Schedule:
                 f"falls due (interval {self.interval}, warmup {self.warmup}{frozen}; the last step "
                 "is left alone). Lower interval or warmup, or train for more steps."
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Cubic:
+    """A budget that falls from what training begins with to what is asked for.
+
+    Up to ``warmup`` nothing is taken away, after ``total_steps - final`` nothing more. Between them
+    the parameters in use fall with the cube of the time left. Steps are optimizer steps, counted
+    from 1; a decision is taken after a step.
+
+    Attributes:
+        total_steps: Steps of the run.
+        interval: Steps between decisions.
+        warmup: Steps at the beginning with the full start.
+        final: Steps at the end with the budget that was asked for, at least 1.
+        score_every: Importance is looked at in every such step, until the last decision.
+
+    Source:
+        AdaLoRA, arXiv 2303.10512, section 3.3; IGU-LoRA uses the same curve.
+    """
+
+    total_steps: int
+    interval: int
+    warmup: int
+    final: int
+    score_every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "interval", "final", "score_every"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.warmup < 0:
+            raise OptionError(f"warmup is {self.warmup}; it must be 0 or more.")
+
+    @property
+    def last(self) -> int:
+        """The step after which the last decision is taken: the budget that was asked for holds."""
+        return self.total_steps - self.final
+
+    @property
+    def decisions(self) -> tuple[int, ...]:
+        """Steps after which directions are taken away."""
+        due = range(self.warmup + self.interval, self.last, self.interval)
+        return (*due, self.last) if self.last > self.warmup else ()
+
+    def decides(self, step: int) -> bool:
+        """Tell whether a decision is taken after a step.
+
+        Args:
+            step: The step.
+
+        Returns:
+            Whether it is.
+        """
+        if not self.warmup < step <= self.last:
+            return False
+        return step == self.last or (step - self.warmup) % self.interval == 0
+
+    def observes(self, step: int) -> bool:
+        """Tell whether importance is looked at in a step.
+
+        Args:
+            step: The step.
+
+        Returns:
+            Whether it is.
+        """
+        return step <= self.last and step % self.score_every == 0
+
+    def allowed(self, step: int, start: int, budget: int) -> int:
+        """Return how many parameters may be in use after a step.
+
+        Args:
+            step: The step.
+            start: Parameters in use at the beginning.
+            budget: Parameters in the end.
+
+        Returns:
+            Parameters, rounded down.
+        """
+        if start <= budget or step >= self.last:
+            return budget
+        if step <= self.warmup:
+            return start
+        left = (self.last - step) / (self.last - self.warmup)
+        return budget + int((start - budget) * left**3)
+
+    def check(self, what: str) -> None:
+        """Refuse a schedule in which nothing would ever be decided, or by nothing.
+
+        Args:
+            what: Who asks, for the message.
+
+        Raises:
+            OptionError: If there is no decision, or no look at importance before the first one.
+        """
+        if not self.decisions:
+            raise OptionError(
+                f"{what} would never take any capacity away: of {self.total_steps} steps the first "
+                f"{self.warmup} (warmup) and the last {self.final} (final) are left alone. Lower "
+                "warmup or final, or train for more steps."
+            )
+        if self.score_every > self.decisions[0]:
+            raise OptionError(
+                f"{what} would decide after step {self.decisions[0]} without having looked at "
+                f"anything: importance is measured every {self.score_every} steps (score_every). "
+                "Lower score_every, or raise warmup or interval."
+            )

@@ -13,7 +13,8 @@ import gradrank as gr
 from cases import CASES, batches
 from gradrank.adapters.apply import count_trainable
 from gradrank.methods import registry
-from gradrank.methods.method import DynamicMethod, Method, build, describe_options
+from gradrank.methods.course import DynamicMethod
+from gradrank.methods.method import Method, build, describe_options
 from gradrank.session import find_targets, model_facts
 from gradrank.signals.measurement import Measurement
 

@@ -125,18 +125,19 @@ def check_whole(adapter: str, tensors: Iterable[Tensor]) -> None:
         )
 
 
-def check_active(active: int, rank: int) -> None:
+def check_active(active: int, rank: int, least: int = 1) -> None:
     """Refuse a number of active components that the layer cannot have.
 
     Args:
         active: Components that are to count.
         rank: Components of the layer.
+        least: Fewest components that may be active.
 
     Raises:
-        OptionError: If it is not an integer in ``1..rank``.
+        OptionError: If it is not an integer in ``least..rank``.
     """
-    if isinstance(active, bool) or not isinstance(active, int) or not 1 <= active <= rank:
+    if isinstance(active, bool) or not isinstance(active, int) or not least <= active <= rank:
+        off = " To switch a target off altogether, drop it." if least else ""
         raise OptionError(
-            f"active={active!r} is not an integer in 1..{rank}, the rank of the layer. To switch "
-            "a target off altogether, drop it."
+            f"active={active!r} is not an integer in {least}..{rank}, the rank of the layer.{off}"
         )

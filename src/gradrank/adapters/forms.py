@@ -5,20 +5,13 @@ A form is a parametrization of the ``nn.Linear`` modules that PEFT keeps in ``lo
 plain weights (:mod:`gradrank.adapters.baking`). ADR 0008 lists what was tried and the limits.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradrank.adapters.baking import (
-    baked_weight,
-    form_behind,
-    install,
-    learned_tensors,
-    sharded_like,
-    strip,
-)
+from gradrank.adapters.baking import baked_weight, form_behind, install, learned_tensors, strip
+from gradrank.adapters.directions import decompose
 from gradrank.adapters.factors import (
     check_active,
     check_unmerged,
@@ -26,31 +19,33 @@ from gradrank.adapters.factors import (
     linears,
     plain_linears,
 )
-from gradrank.adapters.parametrizations import (
-    ComponentMask,
-    Form,
-    Partition,
-    Singular,
-    decompose,
-    same_shape,
+from gradrank.adapters.layer_forms import (
+    active_components,
+    form_of,
+    has_fixed_shape,
+    load_raw_tensors,
+    raw_tensors,
+    set_active,
+    stored_components,
 )
+from gradrank.adapters.parametrizations import ComponentMask, Form, Partition, Singular
 from gradrank.core.errors import OptionError, TargetError, nearest
 
 INITS = ("svd", "keep")
-
-
-def form_of(layer: nn.Module, adapter: str) -> str:
-    """Return which form an adapter of a layer has.
-
-    Args:
-        layer: A LoRA layer.
-        adapter: Name of the adapter.
-
-    Returns:
-        ``plain``, ``mask``, ``svd`` or ``partition``.
-    """
-    form = form_behind(linears(layer, adapter)[1])
-    return "plain" if form is None else form.kind
+__all__ = [
+    "INITS",
+    "active_components",
+    "attach_mask",
+    "attach_partition",
+    "attach_svd",
+    "detach",
+    "form_of",
+    "has_fixed_shape",
+    "load_raw_tensors",
+    "raw_tensors",
+    "set_active",
+    "stored_components",
+]
 
 
 def attach_mask(layer: nn.Module, adapter: str, active: int) -> None:
@@ -76,55 +71,17 @@ def attach_mask(layer: nn.Module, adapter: str, active: int) -> None:
     install(b, ComponentMask(rank, active, 1, b.weight.device))
 
 
-def set_active(layer: nn.Module, adapter: str, active: int) -> None:
-    """Change how many components of a masked adapter count, in place.
-
-    The function changes by what the components contribute: before growing, the new columns of
-    ``raw_tensors(layer, adapter)["B"]`` have to be zero if it shall stay the same.
-
-    Args:
-        layer: A LoRA layer with a component mask.
-        adapter: Name of the adapter.
-        active: Components that count, in ``1..r``.
-
-    Raises:
-        OptionError: If ``active`` is outside ``1..r``.
-        TargetError: If the adapter has no component mask, or is merged.
-    """
-    forms = [form_behind(linear) for linear in linears(layer, adapter)]
-    masks = [form for form in forms if isinstance(form, ComponentMask)]
-    if len(masks) != 2:
-        raise TargetError(
-            f"adapter '{adapter}' has form '{form_of(layer, adapter)}', and only a component mask "
-            "has active components to set. Call attach_mask first."
-        )
-    check_unmerged(layer, adapter)
-    check_active(active, masks[0].mask.numel())
-    for mask in masks:
-        mask.set_active(active)
-
-
-def active_components(layer: nn.Module, adapter: str) -> int:
-    """Return how many components of an adapter count.
-
-    Args:
-        layer: A LoRA layer.
-        adapter: Name of the adapter.
-
-    Returns:
-        The active components of a masked adapter, else its rank.
-    """
-    a, b = linears(layer, adapter)
-    form = form_behind(b)
-    return form.active if isinstance(form, ComponentMask) else a.out_features
-
-
-def attach_svd(layer: nn.Module, adapter: str, init: str = "svd", seed: int = 0) -> None:
+def attach_svd(
+    layer: nn.Module, adapter: str, init: str = "svd", seed: int = 0, fixed: bool = False
+) -> None:
     r"""Write an adapter as ``scaling · P diag(λ) Q`` with a trainable λ.
 
     ``A = Q [r, d_in]`` stays a plain weight; ``B = P λ`` has P ``[d_out, r]`` in the place of the
     weight and λ ``[r]`` beside it. P and Q are the parameters that were there; λ is new, so that
     an optimizer has to be given it.
+
+    At a fixed shape (for DDP) components are switched off by :func:`set_active`, all of them if
+    need be; all are active at first. Dormant ones neither contribute nor receive any gradient.
 
     Args:
         layer: A plain LoRA layer on a linear target.
@@ -132,8 +89,9 @@ def attach_svd(layer: nn.Module, adapter: str, init: str = "svd", seed: int = 0)
         init: ``svd`` (λ are the singular values of ``B A``, P and Q orthonormal; the function
             stays up to rounding; for a zero update λ = 0 and P, Q random) or ``keep`` (λ = 1,
             P = B, Q = A, bitwise the same function).
-        seed: Seed of P and Q for a zero update; the global random state is neither read nor
-            changed.
+        seed: Seed of what the update leaves open, such as P and Q of a zero update; the global
+            random state is neither read nor changed.
+        fixed: Whether the shape is fixed, with a mask over components.
 
     Raises:
         OptionError: If ``init`` is unknown.
@@ -162,8 +120,10 @@ def attach_svd(layer: nn.Module, adapter: str, init: str = "svd", seed: int = 0)
             a.weight.copy_(Q)
             b.weight.copy_(P)
     # The form starts from λ = 1 (see Singular.right_inverse), so λ is filled in afterwards.
-    form = Singular(torch.ones_like(lam, dtype=b.weight.dtype), b.weight.requires_grad)
+    form = Singular(torch.ones_like(lam, dtype=b.weight.dtype), b.weight.requires_grad, fixed)
     install(b, form)
+    if fixed:
+        install(a, ComponentMask(a.out_features, a.out_features, 0, a.weight.device))
     with torch.no_grad():
         form.lam.copy_(lam)
 
@@ -214,10 +174,11 @@ def attach_partition(
 def detach(layer: nn.Module, adapter: str) -> None:
     """Turn an adapter back into plain ``lora_A``/``lora_B`` weights of the same function, bitwise.
 
-    A masked adapter becomes one of rank ``active``: widths, ``layer.r`` and ``layer.lora_alpha``
-    follow, ``layer.scaling`` stays; PEFT's config is the caller's. Dtype, device and
-    ``requires_grad`` stay. A parameter whose shape does not change stays the same object; the
-    others are new, and an optimizer has to be told.
+    An adapter of fixed shape becomes one of rank ``active``: widths, ``layer.r`` and
+    ``layer.lora_alpha`` follow, ``layer.scaling`` stays; PEFT's config is the caller's. With no
+    active component it becomes a zero update of rank 1. Dtype, device and ``requires_grad`` stay.
+    A parameter whose shape does not change stays the same object; the others are new, and an
+    optimizer has to be told.
 
     Args:
         layer: A LoRA layer; nothing happens to a plain one.
@@ -232,82 +193,12 @@ def detach(layer: nn.Module, adapter: str) -> None:
         return
     check_unmerged(layer, adapter)
     check_whole(adapter, raw_tensors(layer, adapter).values())
-    active = active_components(layer, adapter)
+    rank = stored_components(layer, adapter)
     for linear, form in zip(pair, forms, strict=True):
         if form is not None:
             strip(linear, _plain_parameter(linear, form))
-    if active != pair[0].out_features:
-        _set_rank(layer, adapter, active)
-
-
-def raw_tensors(layer: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Return every learned tensor behind an adapter, and what restores its form.
-
-    Args:
-        layer: A LoRA layer.
-        adapter: Name of the adapter.
-
-    Returns:
-        The live parameters (not copies, and DTensors where they are sharded): plain ``A``, ``B``;
-        mask ``A``, ``B`` at full rank and ``active``; svd ``Q``, ``P``, ``lam``; partition ``A``,
-        ``B_d``, ``B_s`` and ``dominant``. With ``bias`` where ``lora_B`` has one.
-    """
-    a, b = linears(layer, adapter)
-    form = form_behind(b)
-    tensors: dict[str, Tensor] = {}
-    if form is None:
-        tensors |= {"A": a.weight, "B": b.weight}
-    else:
-        behind = learned_tensors(b)
-        if isinstance(form, ComponentMask):
-            tensors |= {"A": learned_tensors(a)["original"], "B": behind["original"]}
-            tensors["active"] = torch.tensor(form.active)
-        elif isinstance(form, Singular):
-            tensors |= {"Q": a.weight, "P": behind["original"], "lam": behind["0.lam"]}
-        elif isinstance(form, Partition):
-            tensors |= {"A": a.weight, "B_d": behind["original0"], "B_s": behind["original1"]}
-            tensors["dominant"] = form.dominant
-    if b.bias is not None:
-        tensors["bias"] = b.bias
-    return tensors
-
-
-def load_raw_tensors(layer: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`raw_tensors` gave, in place and exactly.
-
-    Args:
-        layer: A LoRA layer with the same form and the same shapes.
-        adapter: Name of the adapter.
-        tensors: Whole tensors; they are sharded here where the layer's are DTensors.
-
-    Raises:
-        OptionError: If names, shapes or dtypes differ; nothing is changed then.
-    """
-    present = raw_tensors(layer, adapter)
-    if set(present) != set(tensors):
-        raise OptionError(
-            f"adapter '{adapter}' has form '{form_of(layer, adapter)}' with tensors "
-            f"{sorted(present)}, and {sorted(tensors)} were given. Attach the form that they were "
-            "saved from first."
-        )
-    for name, mine in present.items():
-        same_shape(tensors[name], mine)
-        if tensors[name].dtype != mine.dtype:
-            raise OptionError(
-                f"tensor '{name}' is {tensors[name].dtype} and the layer's is {mine.dtype}; "
-                "copying would round. Load the model in the dtype it was trained in."
-            )
-    form = form_behind(linears(layer, adapter)[1])
-    if isinstance(form, Partition):
-        same_shape(tensors["dominant"].nonzero(), form.dominant.nonzero())
-        form.set_rows(tensors["dominant"].to(form.dominant.device))
-    if "active" in present:
-        set_active(layer, adapter, int(tensors["active"]))
-    with torch.no_grad():
-        # In one order in all processes: sharding is a collective.
-        for name, mine in present.items():
-            if name not in {"active", "dominant"}:
-                mine.copy_(sharded_like(tensors[name], mine))
+    if rank != pair[0].out_features:
+        _set_rank(layer, adapter, rank)
 
 
 def _plain_parameter(linear: nn.Linear, form: Form) -> nn.Parameter:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gradrank.adapters.baking import gathered
-from gradrank.adapters.edits import Drop, Edit, Grow, Shrink
+from gradrank.adapters.edits import Drop, Edit, Grow, Select, Shrink
 from gradrank.adapters.optimizers import inner_optimizer, refusals
 from gradrank.adapters.stores import is_zero
 from gradrank.adapters.view import LoraSite, adapter_config
@@ -16,6 +16,10 @@ from gradrank.signals.distributed import is_distributed
 
 # Initialisations that change the base weight by the rank, and do so again on every load.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq")
+SVD_SETTING = (
+    "the SVD form trains under DDP or in one process, and not under {}; use DDP, or a method that "
+    "does without it"
+)
 
 
 def check(
@@ -66,9 +70,9 @@ def check(
 def _kept_by_zero(sites: Mapping[str, LoraSite], optimizer: Any) -> bool:
     """Whether DeepSpeed holds everything in partitions that can be written to (ZeRO-1 and 2)."""
     return is_zero(inner_optimizer(optimizer)) and all(
-        site.masked and hasattr(site.raw(factor), "_hp_mapping")
+        site.masked and hasattr(raw, "_hp_mapping")
         for site in sites.values()
-        for factor in "AB"
+        for raw in site.learned().values()
     )
 
 
@@ -89,7 +93,11 @@ def _trained(sites: Mapping[str, LoraSite], optimizer: Any) -> dict[str, nn.Para
     """The factors whose state has to be carried: not those that are frozen and held by no one."""
     groups = getattr(inner_optimizer(optimizer), "param_groups", [])
     held = {id(parameter) for group in groups for parameter in group["params"]}
-    factors = {f"{name}.lora_{f}": site.raw(f) for name, site in sites.items() for f in "AB"}
+    factors = {
+        f"{name}.lora_{factor}" if factor != "lam" else f"{name}.lam": raw
+        for name, site in sites.items()
+        for factor, raw in site.learned().items()
+    }
     return {name: p for name, p in factors.items() if p.requires_grad or id(p) in held}
 
 
@@ -103,21 +111,24 @@ def _layer(site: LoraSite, edit: Edit, beyond: bool) -> Iterator[str]:
         yield f"uses the LoRA variant {variant} (DoRA and the like), whose parts depend on the rank"
     if layer.lora_bias.get(adapter):
         yield "trains a bias on lora_B, which no budget of ranks counts; use lora_bias=False"
-    shapes = {tuple(site.raw(factor).shape) for factor in "AB"}
-    if any(0 in shape or len(shape) != 2 for shape in shapes):
-        yield f"has sharded or flattened factors of shapes {sorted(shapes)} (ZeRO-3, FSDP1)"
+    shapes = {factor: tuple(raw.shape) for factor, raw in site.learned().items()}
+    if any(0 in s or len(s) != (1 if f == "lam" else 2) for f, s in shapes.items()):
+        listed = sorted(set(shapes.values()))
+        yield f"has sharded or flattened factors of shapes {listed} (ZeRO-3, FSDP1)"
         return
     yield from _parameters(site)
     if not isinstance(edit, Edit):
-        yield f"was given {edit!r}, which is no edit; use Shrink, Grow or Drop"
+        yield f"was given {edit!r}, which is no edit; use Shrink, Grow, Select or Drop"
     elif isinstance(edit, Drop):
         yield from _drop(site)
+    elif isinstance(edit, Select):
+        yield from _select(site, edit)
     else:
         yield from _rank(site, edit, beyond)
 
 
 def _parameters(site: LoraSite) -> Iterator[str]:
-    for factor in "AB":
+    for factor in site.factors:
         parameter: Any = site.raw(factor)
         hooks = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
         if not site.masked and any(hooks):
@@ -140,11 +151,21 @@ def _drop(site: LoraSite) -> Iterator[str]:
         yield f"carries other adapters too ({', '.join(sorted(site.layer.r))})"
 
 
+def _select(site: LoraSite, edit: Select) -> Iterator[str]:
+    beyond = [number for number in edit.components if number >= site.rank]
+    if beyond:
+        yield f"has rank {site.rank} and no component {', '.join(map(str, beyond))} to keep"
+    elif not edit.components and not (site.masked and site.form == "svd"):
+        off = "keep at least one" if site.masked else "use Drop() to remove the adapter"
+        yield f"would keep no component; {off}"
+
+
 def _rank(site: LoraSite, edit: Shrink | Grow, beyond: bool) -> Iterator[str]:
     now, width = site.rank, site.raw("A").shape[1]
     most = min(width, site.raw("B").shape[0])
     reserved = site.raw("A").shape[0] if site.masked else None
-    if isinstance(edit.rank, bool) or not isinstance(edit.rank, int) or edit.rank < 1:
+    # A target that is switched off may stay so.
+    if isinstance(edit.rank, bool) or not isinstance(edit.rank, int) or edit.rank < min(1, now):
         yield f"would get rank {edit.rank!r}; a rank is a whole number from 1 (or Drop())"
     elif isinstance(edit, Shrink) and edit.rank > now:
         yield f"has rank {now} and cannot shrink to {edit.rank}"
@@ -154,6 +175,11 @@ def _rank(site: LoraSite, edit: Shrink | Grow, beyond: bool) -> Iterator[str]:
         yield f"would get rank {edit.rank}, above the rank reserved for it, {reserved}"
     elif isinstance(edit, Grow) and edit.rank > max(most, now) and not beyond:
         yield f"would get rank {edit.rank}, above min(d_in, d_out), {most}"
+    elif isinstance(edit, Shrink) and edit.by == "svd" and site.form == "svd" and edit.rank < now:
+        yield (
+            "has the SVD form, whose components are trained one by one and would be lost in a new "
+            "decomposition; use Shrink(rank, by='norm') or Select(components)"
+        )
     if isinstance(edit, Grow) and edit.sketch is not None:
         shape = tuple(edit.sketch.shape)
         if len(shape) != 2 or shape[1] != width or not edit.sketch.is_floating_point():
@@ -178,10 +204,14 @@ def _setting(
                 "(save_pretrained with path_initial_model_for_weight_conversion)"
             )
     plain = [name for name, site in sites.items() if not site.masked]
-    if not plain:
+    formed = [site for site in sites.values() if site.form == "svd"]
+    if not plain and not formed:
         return
     fixed = wrapping(model, optimizer) if model is not None else None
-    if any(hasattr(sites[name].raw(f), "full_tensor") for name in plain for f in "AB"):
+    yield from _svd_setting(formed, fixed, optimizer)
+    if not plain:
+        return
+    if any(_is_sharded(sites[name]) for name in plain):
         yield (
             "the factors are sharded over processes (FSDP2, DTensor), where a parameter cannot "
             "change its shape; call gradrank.reserve(model, ...) before sharding"
@@ -194,6 +224,17 @@ def _setting(
             "replaced silently stops being synchronised; call gradrank.reserve(model, ...) before "
             "wrapping (fixed shape, component mask), and gradrank.settle(model) after training"
         )
+
+
+def _svd_setting(formed: list[LoraSite], fixed: str | None, optimizer: Any) -> Iterator[str]:
+    """Reasons of layers that have the SVD form."""
+    sharded = fixed == "FSDP" or any(_is_sharded(site) for site in formed)
+    if formed and (sharded or fixed == "DeepSpeed" or is_zero(inner_optimizer(optimizer))):
+        yield SVD_SETTING.format("FSDP" if sharded else "DeepSpeed")
+
+
+def _is_sharded(site: LoraSite) -> bool:
+    return any(hasattr(raw, "full_tensor") for raw in site.learned().values())
 
 
 def wrapping(model: nn.Module, optimizer: Any = None) -> str | None:

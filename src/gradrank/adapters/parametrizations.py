@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from gradrank.core.errors import OptionError
-from gradrank.ops.moments import wide_dtype
 
 
 class Form(nn.Module):
@@ -36,7 +35,56 @@ class Form(nn.Module):
         raise NotImplementedError
 
 
-class ComponentMask(Form):
+class Masked(Form):
+    """A form of a fixed shape, of whose components the first ``active`` count.
+
+    Attributes:
+        active: How many components count.
+        mask: Boolean ``[r]``; None where all components always count and the shape may change.
+    """
+
+    active: int
+    mask: Tensor | None
+
+    def set_active(self, active: int) -> None:
+        """Change the number of active components in place, without a new graph."""
+        if self.mask is not None:
+            self.active = active
+            self.mask.copy_(_prefix(self.mask.numel(), active, self.mask.device))
+
+    def stored(self, rank: int) -> int:
+        """Return how many of ``rank`` components a stock adapter stores: none is impossible."""
+        return rank if self.mask is None else max(self.active, 1)
+
+    def narrowed(self, weight: Tensor, axis: int) -> Tensor:
+        """Return the stored components of a weight only, detached and contiguous."""
+        kept = weight.detach().narrow(axis, 0, self.stored(weight.shape[axis]))
+        return kept.clone(memory_format=torch.contiguous_format)
+
+    def check_stored(self, value: Tensor, original: Tensor, axis: int) -> int:
+        """Return how many components a stored weight has, if it fits.
+
+        Args:
+            value: The stored weight.
+            original: The learned tensor that it is for.
+            axis: Rank axis of both.
+
+        Raises:
+            OptionError: If it fits neither the active components nor all of them.
+        """
+        rank, size = original.shape[axis], value.shape[axis]
+        wanted = list(original.shape)
+        wanted[axis] = size
+        if list(value.shape) != wanted or size not in {rank, self.stored(rank)}:
+            raise OptionError(
+                f"the stored weight is {list(value.shape)}, but the layer is "
+                f"{list(original.shape)} with {self.active} of {rank} components active. Call "
+                "set_active with the stored rank first, or resize the layer."
+            )
+        return size
+
+
+class ComponentMask(Masked):
     """``weight = mask * original`` along the rank axis; the first ``active`` components count.
 
     The choice is made by ``where`` on a boolean buffer and not by a product: gradients of dormant
@@ -51,13 +99,13 @@ class ComponentMask(Form):
     """
 
     kind = "mask"
-    mask: Tensor
+    mask: Tensor  # pyright: ignore[reportIncompatibleVariableOverride] - always there
 
     def __init__(self, rank: int, active: int, axis: int, device: torch.device) -> None:
         super().__init__()
         self.axis = axis
         self.active = active
-        self.register_buffer("mask", torch.arange(rank, device=device) < active, persistent=False)
+        self.register_buffer("mask", _prefix(rank, active, device), persistent=False)
 
     def forward(self, original: Tensor) -> Tensor:
         """Return the weight from its original."""
@@ -67,31 +115,14 @@ class ComponentMask(Form):
         """Return the weight as the layer uses it."""
         return self.forward(learned["original"])
 
-    def set_active(self, active: int) -> None:
-        """Change the number of active components in place, without a new graph."""
-        self.active = active
-        self.mask.copy_(torch.arange(self.mask.numel(), device=self.mask.device) < active)
-
     def compact(self, weight: Tensor) -> Tensor:
-        """Return the active components only, contiguous."""
-        return (
-            weight.detach()
-            .narrow(self.axis, 0, self.active)
-            .clone(memory_format=torch.contiguous_format)
-        )
+        """Return the stored components only, contiguous."""
+        return self.narrowed(weight, self.axis)
 
     def parts(self, value: Tensor, **learned: Tensor) -> dict[str, Tensor]:
         """Return learned tensors that compose to a stored weight."""
         original = learned["original"]
-        rank, size = original.shape[self.axis], value.shape[self.axis]
-        wanted = list(original.shape)
-        wanted[self.axis] = size
-        if list(value.shape) != wanted or size not in {rank, self.active}:
-            raise OptionError(
-                f"the stored weight is {list(value.shape)}, but the layer is "
-                f"{list(original.shape)} with {self.active} of {rank} components active. Call "
-                "set_active with the stored rank first, or resize the layer."
-            )
+        rank, size = original.shape[self.axis], self.check_stored(value, original, self.axis)
         if size == rank:
             return {"original": value}
         rest = original.narrow(self.axis, size, rank - size).to(value)
@@ -103,33 +134,54 @@ class ComponentMask(Form):
         return value
 
 
-class Singular(Form):
+class Singular(Masked):
     """``B = P diag(λ)``, with ``P`` in the place of the weight and λ a parameter of its own.
+
+    At a fixed shape dormant components are chosen away in both, so that neither gets any gradient
+    from them, whatever they hold.
 
     Args:
         lam: λ ``[r]``.
         requires_grad: Whether λ is trained.
+        fixed: Whether the shape is fixed, and all components count at first.
     """
 
     kind = "svd"
 
-    def __init__(self, lam: Tensor, requires_grad: bool) -> None:
+    def __init__(self, lam: Tensor, requires_grad: bool, fixed: bool = False) -> None:
         super().__init__()
         self.lam = nn.Parameter(lam, requires_grad=requires_grad)
+        self.active = lam.numel()
+        mask = _prefix(self.active, self.active, lam.device) if fixed else None
+        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, original: Tensor) -> Tensor:
         """Return the weight from its original."""
-        return original * self.lam
+        return self._product(original, self.lam)
 
     def compose(self, **learned: Tensor) -> Tensor:
         """Return the weight as the layer uses it."""
-        return learned["original"] * learned["0.lam"]
+        return self._product(learned["original"], learned["0.lam"])
+
+    def _product(self, P: Tensor, lam: Tensor) -> Tensor:
+        if self.mask is None:
+            return P * lam
+        return torch.where(self.mask, P, 0.0) * torch.where(self.mask, lam, 0.0)
+
+    def compact(self, weight: Tensor) -> Tensor:
+        """Return the stored components only, contiguous."""
+        return weight.detach() if self.mask is None else self.narrowed(weight, 1)
 
     def parts(self, value: Tensor, **learned: Tensor) -> dict[str, Tensor]:
         """Return learned tensors that compose to a stored weight."""
         # One factor alone has no singular values, but λ = 1 and P = B are the same function.
-        same_shape(value, learned["original"])
+        P = learned["original"]
         lam = torch.ones_like(learned["0.lam"], dtype=value.dtype, device=value.device)
+        if self.mask is None:
+            same_shape(value, P)
+        elif (size := self.check_stored(value, P, 1)) < P.shape[1]:
+            lam[size:] = 0.0
+            value = torch.cat([value, P[:, size:].to(value)], dim=1)
         return {"original": value, "0.lam": lam}
 
     def right_inverse(self, value: Tensor) -> Tensor:
@@ -215,30 +267,8 @@ class Partition(Form):
         return self.split(value)
 
 
-def decompose(A: Tensor, B: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD of ``B A`` from QR of both factors, without forming the product.
-
-    Args:
-        A: ``[r, d_in]``.
-        B: ``[d_out, r]``.
-        seed: Seed of the orthonormal P and Q of a zero update, whose λ is 0.
-
-    Returns:
-        P ``[d_out, r]``, λ ``[r]`` (not negative, descending) and Q ``[r, d_in]``, in float64
-        (float32 on devices without it).
-    """
-    dtype = wide_dtype(A)
-    if not bool(B.any()) or not bool(A.any()):
-        generator = torch.Generator().manual_seed(seed)
-        left, right = (
-            torch.linalg.qr(torch.randn(n, A.shape[0], generator=generator, dtype=torch.float64)).Q
-            for n in (B.shape[0], A.shape[1])
-        )
-        return left, A.new_zeros(A.shape[0]), right.T
-    q_b, r_b = torch.linalg.qr(B.to(dtype))
-    q_a, r_a = torch.linalg.qr(A.to(dtype).T)
-    left, lam, right = torch.linalg.svd(r_b @ r_a.T)
-    return q_b @ left, lam, right @ q_a.T
+def _prefix(rank: int, active: int, device: torch.device) -> Tensor:
+    return torch.arange(rank, device=device) < active
 
 
 def same_shape(value: Tensor, present: Tensor) -> None:

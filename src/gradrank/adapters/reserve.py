@@ -1,24 +1,33 @@
-"""Fixed shapes: reserve ranks before a model is wrapped, settle on the real ones afterwards."""
+"""Forms before a model is wrapped, real ranks afterwards, and other ranks for a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from gradrank.adapters.edits import Drop, Edit, Grow, Shrink
+from gradrank.adapters.edits import Drop, Edit, Grow, Select, Shrink
 from gradrank.adapters.factors import check_unmerged, check_whole
 from gradrank.adapters.forms import attach_mask, detach
 from gradrank.adapters.guard import check
 from gradrank.adapters.surgery import edit, make_edits
+from gradrank.adapters.svd import check_unformed, restart, start_svd
+from gradrank.adapters.swap import Incision, Replace, Rollback
 from gradrank.adapters.view import (
+    PREFIX,
+    LoraSite,
     adapter_name,
     layer_alpha,
     lora_sites,
+    name_targets,
     sync_config,
     unsupported,
 )
-from gradrank.core.errors import SurgeryError, TargetError, nearest
+from gradrank.core.errors import SurgeryError, TargetError
+from gradrank.signals.layers import unwrapped
+
+__all__ = ["refit", "reserve_ranks", "restart", "settle", "start_svd"]
 
 
 @torch.no_grad()
@@ -41,18 +50,7 @@ def reserve_ranks(
     """
     adapter = adapter_name(model, adapter)
     sites = lora_sites(model, adapter)
-    unknown = [name for name in ceilings if name not in sites]
-    if unknown:
-        raise SurgeryError(
-            f"ranks are reserved for {len(unknown)} target(s) without a LoRA layer: '{unknown[0]}'"
-            f" is unknown. {nearest(unknown[0], sites)}"
-        )
-    masked = [name for name, site in sites.items() if site.masked]
-    if masked:
-        raise SurgeryError(
-            f"{len(masked)} layer(s) have a component mask already ('{masked[0]}', ...). Reserve "
-            "once, before the optimizer is made."
-        )
+    check_unformed(sites, ceilings)
     used = {name: site.rank for name, site in sites.items()}
     wider = {name: max(ceilings.get(name, 0), rank) for name, rank in used.items()}
     edit(model, {name: Grow(rank) for name, rank in wider.items()}, adapter=adapter)
@@ -62,37 +60,62 @@ def reserve_ranks(
 
 
 def settle(model: nn.Module, adapter: str | None = None) -> Mapping[str, int]:
-    """Give masked LoRA layers their real ranks: after training, or between two phases of it.
+    """Give LoRA layers plain factors of their real ranks: after training, or between two phases.
 
-    The weights in use stay as they are, bitwise, and so does the function but for the rounding of
-    a shorter sum. Optimizers and wrappings made before hold parameters that are no longer the
-    model's; make them anew.
+    Component masks and SVD forms go. The weights in use stay as they are (``P diag(lam)`` becomes
+    B), bitwise, and so does the function but for the rounding of a shorter sum. Targets of which
+    nothing is in use lose their adapter. Optimizers and wrappings made before hold parameters
+    that are no longer the model's; make them anew.
 
     Args:
-        model: The PEFT model; layers without a mask are left alone.
+        model: The PEFT model; plain layers are left alone.
         adapter: Name of the adapter, if several are active.
 
     Returns:
-        Rank by target name.
+        Rank by target name; 0 for a target that lost its adapter.
 
     Raises:
-        SurgeryError: If masked factors are merged or sharded; nothing is changed then.
+        SurgeryError: If factors are merged or sharded, a target that is to lose its adapter
+            carries others, or no adapter would be left; nothing is changed then.
     """
     adapter = adapter_name(model, adapter)
     sites = lora_sites(model, adapter)
-    masked = {name: site for name, site in sites.items() if site.masked}
-    for name, site in masked.items():
+    ranks = {name: site.rank for name, site in sites.items()}
+    formed = {name: site for name, site in sites.items() if site.form != "plain"}
+    empty = {name: site for name, site in formed.items() if not site.rank}
+    for name, site in formed.items():
         try:
             check_unmerged(site.layer, adapter)
-            check_whole(adapter, (site.raw("A"), site.raw("B")))
+            check_whole(adapter, site.learned().values())
         except TargetError as error:
             raise SurgeryError(f"'{name}' cannot be settled: {error}") from error
-    for site in masked.values():
+    _check_dropped(empty.values(), len(empty) == len(sites) and not unsupported(model, adapter))
+    for site in formed.values():
         detach(site.layer, adapter)
         site.layer.lora_alpha[adapter] = layer_alpha(site.layer, adapter, site.rank)
-    if masked:
+    with Rollback() as rollback:
+        replace = Replace(rollback, model, None)
+        for site in empty.values():
+            replace.apply(Incision(site, 0))
+    if formed:
         sync_config(model, adapter)
-    return {name: site.rank for name, site in sites.items()}
+    if empty:
+        name_targets(model, adapter)
+    return ranks
+
+
+def _check_dropped(empty: Iterable[LoraSite], all_of_them: bool) -> None:
+    for site in empty:
+        if len(site.layer.r) > 1:
+            raise SurgeryError(
+                f"'{site.name}' cannot be settled: no component is in use, and it carries other "
+                f"adapters too ({', '.join(sorted(site.layer.r))}). Delete those first."
+            )
+        if all_of_them:
+            raise SurgeryError(
+                "no target has a component in use, and no adapter would be left to settle. Keep "
+                "at least one component."
+            )
 
 
 def refit(
@@ -105,18 +128,39 @@ def refit(
 
     Args:
         model: The PEFT model.
-        ranks: Rank by target name; a target that is missing is dropped.
+        ranks: Rank by target name; a target that is missing or has rank 0 is dropped, and
+            switched off where it has the SVD form at a fixed shape.
         optimizer: The optimizer, if it exists already.
         adapter: Name of the adapter, if several are active.
+
+    Raises:
+        SurgeryError: If an edit is refused, or a rank is for a target that this model has lost.
     """
     adapter = adapter_name(model, adapter)
-    edits: dict[str, Edit] = {}
-    for name, site in lora_sites(model, adapter).items():
-        rank = ranks.get(name, 0)
-        if not rank:
-            edits[name] = Drop()
-        elif rank != site.rank:
-            edits[name] = Shrink(rank, by="norm") if rank < site.rank else Grow(rank)
-    impossible = unsupported(model, adapter)
-    check(lora_sites(model, adapter), edits, optimizer, impossible, model, beyond=True)
+    sites, impossible = lora_sites(model, adapter), unsupported(model, adapter)
+    modules = dict(unwrapped(model).named_modules())
+    lost = [
+        name
+        for name, rank in ranks.items()
+        if rank and not isinstance(modules.get(PREFIX + name), LoraLayer | None)
+    ]
+    if lost:
+        raise SurgeryError(
+            f"{len(lost)} target(s) of the checkpoint ('{lost[0]}', ...) have lost their adapter "
+            "in this model, and it cannot come back. Build the adapter anew, and load into that."
+        )
+    edits = {
+        name: _refitted(site, ranks.get(name, 0))
+        for name, site in sites.items()
+        if ranks.get(name, 0) != site.rank
+    }
+    check(sites, edits, optimizer, impossible, model, beyond=True)
     make_edits(model, adapter, edits, optimizer)
+
+
+def _refitted(site: LoraSite, rank: int) -> Edit:
+    if rank > site.rank:
+        return Grow(rank)
+    if not rank and not (site.masked and site.form == "svd"):
+        return Drop()
+    return Select(tuple(range(rank))) if site.form == "svd" else Shrink(rank, by="norm")

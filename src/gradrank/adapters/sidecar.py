@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gradrank.adapters.baking import gathered, sharded_like
-from gradrank.adapters.forms import load_raw_tensors, raw_tensors
+from gradrank.adapters.layer_forms import load_raw_tensors, raw_tensors
 from gradrank.adapters.view import PREFIX, lora_sites
 from gradrank.core.errors import DataError
 from gradrank.core.files import write_atomic
@@ -127,8 +127,8 @@ def load_sharded(model: nn.Module, folder: Path, adapter: str) -> None:
         place.copy_(sharded_like(value.to(place.dtype), place))
 
 
-def masked_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Return what stands behind component masks, dormant components included.
+def formed_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Return what stands behind component masks and SVD forms, dormant components included.
 
     Args:
         model: The PEFT model.
@@ -140,21 +140,21 @@ def masked_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": gathered(tensor)
         for name, site in lora_sites(model, adapter).items()
-        if site.masked
+        if site.form != "plain"
         for key, tensor in raw_tensors(site.layer, adapter).items()
     }
 
 
-def load_masked(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`masked_tensors` returned.
+def load_formed(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`formed_tensors` returned.
 
     Args:
-        model: The PEFT model, with the same masks.
+        model: The PEFT model, with the same forms and shapes.
         adapter: Name of the adapter.
         tensors: Whole tensors by ``TARGET/NAME``.
     """
     for name, site in lora_sites(model, adapter).items():
-        if site.masked:
+        if site.form != "plain":
             mine = {
                 key.removeprefix(f"{name}/"): tensor
                 for key, tensor in tensors.items()

@@ -153,6 +153,7 @@ def agree(incisions: Iterable[Any]) -> None:
             *incision.values.values(),
             *(c.matrix for c in incision.carries.values() if c.matrix is not None),
         )
+        if tensor.numel()
     ]
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
         chosen = [tensor for tensor in tensors if tensor.dtype == dtype]

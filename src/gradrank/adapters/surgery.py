@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gradrank.adapters.edits import Drop, Edit, Grow
+from gradrank.adapters.directions import unit_rows
+from gradrank.adapters.edits import Drop, Edit, Grow, Select
 from gradrank.adapters.guard import check
 from gradrank.adapters.optimizers import inner_optimizer
 from gradrank.adapters.stores import Store, agree, store_for
-from gradrank.adapters.swap import FixedShape, Incision, Replace, Rollback
+from gradrank.adapters.swap import AXIS, FixedShape, Incision, Replace, Rollback
 from gradrank.adapters.view import (
     LoraSite,
     adapter_name,
@@ -54,15 +55,15 @@ def edit(
 ) -> EditReport:
     """Change the ranks of live LoRA layers, together with their optimizer's state.
 
-    Growth leaves the function as it is; shrinking keeps what the edit says. The optimizer's
-    moments follow: sliced or rotated with the components that stay, and for new components set
-    so that their first step is no larger than the others'. PEFT's configuration is kept in step.
-    Edits that shrink are made before those that grow. Gradients of edited factors are cleared, so
-    call it after ``optimizer.step()``.
+    Growth leaves the function as it is; shrinking and selecting keep what the edit says. The
+    optimizer's moments follow: sliced or rotated with the components that stay, and for new
+    components set so that their first step is no larger than the others'. PEFT's configuration is
+    kept in step. Edits that shrink are made before those that grow. Gradients of edited factors
+    are cleared, so call it after ``optimizer.step()``.
 
     Args:
         model: The PEFT model, possibly wrapped for several processes.
-        edits: :class:`Shrink`, :class:`Grow` or :class:`Drop` by target name.
+        edits: :class:`Shrink`, :class:`Grow`, :class:`Select` or :class:`Drop` by target name.
         optimizer: The optimizer that holds the factors; None if there is none.
         adapter: Name of the adapter, if several are active.
         seed: Seed of random new rows.
@@ -111,8 +112,8 @@ def make_edits(
     sites = lora_sites(model, adapter)
     before = {name: site.rank for name, site in sites.items()}
     used = parameters_in_use(sites)
-    after = {name: 0 if isinstance(e, Drop) else e.rank for name, e in edits.items()}
-    wanted = {name: e for name, e in edits.items() if after[name] != before[name]}
+    after = {name: _rank_after(e) for name, e in edits.items()}
+    wanted = {name: e for name, e in edits.items() if _changes(e, before[name])}
     reset = _operate(model, adapter, sites, wanted, optimizer, seed) if wanted else ()
     grown = {name: max(rank - before[name], 0) for name, rank in after.items()}
     return EditReport(
@@ -132,21 +133,46 @@ def _operate(
     seed: int,
 ) -> tuple[str, ...]:
     """Make edits that are known to be possible; the targets whose state was reset."""
-    ordered = sorted(edits, key=lambda name: isinstance(edits[name], Grow))
     inner = None if optimizer is None else inner_optimizer(optimizer)
-    reset: list[str] = []
     with Rollback() as rollback:
         rollback.remember_config(model, adapter)
-        store = store_for(inner)
-        incisions = [_plan(sites[name], edits[name], seed, store) for name in ordered]
-        agree(incisions)
-        replace, fixed = Replace(rollback, model, inner), FixedShape(rollback, store)
-        for incision in incisions:
-            known = (fixed if incision.site.masked else replace).apply(incision)
-            reset += [] if known else [incision.site.name]
+        reset = operate(rollback, model, sites, edits, inner, seed)
         sync_config(model, adapter)
         if any(isinstance(e, Drop) for e in edits.values()):
             name_targets(model, adapter)
+    return reset
+
+
+def operate(
+    rollback: Rollback,
+    model: nn.Module,
+    sites: Mapping[str, LoraSite],
+    edits: Mapping[str, Edit],
+    optimizer: Any,
+    seed: int,
+) -> tuple[str, ...]:
+    """Change layers and optimizer, and leave PEFT's configuration to the caller.
+
+    Args:
+        rollback: Takes it all back if something fails, here or later in the caller.
+        model: The PEFT model.
+        sites: Live LoRA layers.
+        edits: Edits that are known to be possible and to change something.
+        optimizer: The optimizer inside accelerate's wrapper, or None.
+        seed: Seed of random new rows.
+
+    Returns:
+        The targets whose optimizer state was reset.
+    """
+    ordered = sorted(edits, key=lambda name: isinstance(edits[name], Grow))
+    store = store_for(optimizer)
+    incisions = [_plan(sites[name], edits[name], seed, store) for name in ordered]
+    agree(incisions)
+    replace, fixed = Replace(rollback, model, optimizer), FixedShape(rollback, store)
+    reset: list[str] = []
+    for incision in incisions:
+        known = (fixed if incision.site.masked else replace).apply(incision)
+        reset += [] if known else [incision.site.name]
     return tuple(reset)
 
 
@@ -157,7 +183,8 @@ def parameters_in_use(sites: Mapping[str, LoraSite]) -> int:
         sites: Live LoRA layers.
 
     Returns:
-        The number of parameters.
+        The number of parameters, as a stock adapter stores them: lam, which is folded into B, is
+        not counted.
     """
     return sum(site.rank * _cost(site) for site in sites.values())
 
@@ -166,22 +193,37 @@ def _cost(site: LoraSite) -> int:
     return int(site.raw("A").shape[1] + site.raw("B").shape[0])
 
 
+def _rank_after(edit: Edit) -> int:
+    if isinstance(edit, Drop):
+        return 0
+    return len(edit.components) if isinstance(edit, Select) else edit.rank
+
+
+def _changes(edit: Edit, rank: int) -> bool:
+    if isinstance(edit, Drop):
+        return True  # a target that is switched off too
+    if isinstance(edit, Select):
+        return edit.components != tuple(range(rank))
+    return edit.rank != rank
+
+
 def _plan(site: LoraSite, edit: Edit, seed: int, store: Store) -> Incision:
     """Work out new factors without touching the layer."""
     if isinstance(edit, Drop):
         return Incision(site, 0)
     rank = site.rank
-    A, B = store.read(site.raw("A"))[:rank], store.read(site.raw("B"))[:, :rank]
+    used = {f: store.read(raw).narrow(AXIS[f], 0, rank) for f, raw in site.learned().items()}
     seed = seed_of(seed, "grow", site.name)
     if isinstance(edit, Grow):
         carry = Carry.select(range(rank), fresh=edit.rank - rank)
-        return _grown(Incision(site, rank, {"A": A, "B": B}, {"A": carry, "B": carry}), edit, seed)
+        return _grown(Incision(site, rank, used, dict.fromkeys(used, carry)), edit, seed)
+    A, B = used["A"], used["B"]
+    if isinstance(edit, Select):
+        return _selected(site, used, edit.components)
     if edit.by == "norm":
-        kept = strongest(A, B, edit.rank)
-        carry = Carry.select(kept)
-        index = torch.tensor(kept, device=A.device)
-        kept_factors = {"A": A.index_select(0, index), "B": B.index_select(1, index)}
-        return Incision(site, edit.rank, kept_factors, {"A": carry, "B": carry})
+        return _selected(
+            site, used, strongest(A, B * used["lam"] if "lam" in used else B, edit.rank)
+        )
     found = min(edit.rank, A.shape[1])  # a rank above d_in has rows to spare
     cut = truncate(A, B, found)
     factors = {"A": cut.A.to(A.dtype), "B": cut.B.to(B.dtype)}
@@ -190,13 +232,28 @@ def _plan(site: LoraSite, edit: Edit, seed: int, store: Store) -> Incision:
     return _grown(Incision(site, found, factors, carries), Grow(edit.rank), seed)
 
 
+def _selected(site: LoraSite, used: Mapping[str, Tensor], kept: tuple[int, ...]) -> Incision:
+    """Keep the named components as they are."""
+    index = torch.tensor(kept, dtype=torch.long, device=used["A"].device)
+    values = {factor: value.index_select(AXIS[factor], index) for factor, value in used.items()}
+    carries = dict.fromkeys(values, Carry.select(kept)) if kept else {}
+    return Incision(site, len(kept), values, carries)
+
+
 def _grown(incision: Incision, edit: Grow, seed: int) -> Incision:
-    """Append new rows to A and zeros to B, if there are fewer components than wanted."""
-    A, B = incision.values["A"], incision.values["B"]
+    """Append rows to A beside zeros in B, or in the SVD form to Q and P beside zeros in lam."""
+    values = dict(incision.values)
+    A, B = values["A"], values["B"]
     count = edit.rank - incision.rank
     if not count:
         return incision
-    rows = fresh_rows(A, count, seed, edit.sketch).to(A.dtype)
-    columns = B.new_zeros(B.shape[0], count)
-    values = {"A": torch.cat([A, rows]), "B": torch.cat([B, columns], 1)}
+    if "lam" in values:
+        rows = unit_rows(A, count, seed, edit.sketch)
+        columns = unit_rows(B.T, count, seed_of(seed, "P")).T
+        values["lam"] = torch.cat([values["lam"], values["lam"].new_zeros(count)])
+    else:
+        rows = fresh_rows(A, count, seed, edit.sketch)
+        columns = B.new_zeros(B.shape[0], count)
+    values["A"] = torch.cat([A, rows.to(A.dtype)])
+    values["B"] = torch.cat([B, columns.to(B.dtype)], 1)
     return dataclasses.replace(incision, rank=edit.rank, values=values)

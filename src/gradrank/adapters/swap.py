@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gradrank.adapters.forms import set_active
+from gradrank.adapters.layer_forms import set_active
 from gradrank.adapters.optimizers import OptimizerChange, carry_state
 from gradrank.adapters.stores import Store
 from gradrank.adapters.view import LoraSite, adapter_config, layer_alpha
@@ -18,7 +18,7 @@ from gradrank.core.errors import SurgeryError
 from gradrank.ops.moments import Carry
 from gradrank.signals.layers import unwrapped
 
-AXIS = {"A": 0, "B": 1}
+AXIS = {"A": 0, "B": 1, "lam": 0}
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,12 @@ class Incision:
 
     Attributes:
         site: The layer.
-        rank: Rank after the edit; 0 for a target that is dropped.
-        values: New ``"A" [rank, d_in]`` and ``"B" [d_out, rank]``.
-        carries: Per factor, how the components of its optimizer state follow.
+        rank: Rank after the edit; 0 for a target that is dropped, or at a fixed shape switched
+            off.
+        values: New ``"A" [rank, d_in]``, ``"B" [d_out, rank]`` and in the SVD form
+            ``"lam" [rank]``.
+        carries: Per factor, how the components of its optimizer state follow; the state of a
+            factor that is missing begins afresh.
     """
 
     site: LoraSite
@@ -122,7 +125,7 @@ class Replace:
             self._drop(site)
             return True
         self._remember(site)
-        known = [self._replace(site, factor, incision) for factor in "AB"]
+        known = [self._replace(site, factor, incision) for factor in site.factors]
         site.linear("A").out_features = site.linear("B").in_features = incision.rank
         site.layer.r[site.adapter] = incision.rank
         site.layer.lora_alpha[site.adapter] = layer_alpha(site.layer, site.adapter, incision.rank)
@@ -139,18 +142,17 @@ class Replace:
             carried = carry_state(self._optimizer, old, state, carry, AXIS[factor])
             known = not carried.reset
             self._change.replace(old, new, carried.state)
-        site.linear(factor).weight = new
+        site.assign(factor, new)
         return known
 
     def _remember(self, site: LoraSite) -> None:
-        linears = {factor: site.linear(factor) for factor in "AB"}
-        weights = {factor: linear.weight for factor, linear in linears.items()}
+        learned = site.learned()
         rank, alpha = site.layer.r[site.adapter], site.layer.lora_alpha[site.adapter]
 
         def undo() -> None:
-            for factor, linear in linears.items():
-                linear.weight = weights[factor]
-            linears["A"].out_features = linears["B"].in_features = rank
+            for factor, parameter in learned.items():
+                site.assign(factor, parameter)
+            site.linear("A").out_features = site.linear("B").in_features = rank
             site.layer.r[site.adapter] = rank
             site.layer.lora_alpha[site.adapter] = alpha
 
@@ -158,7 +160,7 @@ class Replace:
 
     def _drop(self, site: LoraSite) -> None:
         base = site.layer.get_base_layer()
-        factors = [site.raw(factor) for factor in "AB"]
+        factors = site.learned().values()
         places = [
             (parent, leaf)
             for parent in self._model.modules()
@@ -177,7 +179,8 @@ class FixedShape:
     """Writes new factors into the first components of parameters whose shape stays.
 
     Under DistributedDataParallel, FSDP2 and DeepSpeed parameters cannot be replaced; components
-    that are not in use are zero in the moments and masked in the weights.
+    that are not in use are zero in the moments and masked in the weights. An incision of the
+    present rank needs no mask.
     """
 
     def __init__(self, rollback: Rollback, store: Store) -> None:
@@ -194,18 +197,26 @@ class FixedShape:
         """
         site, before = incision.site, incision.site.rank
         known = True
-        for factor in "AB":
-            raw, axis = site.raw(factor), AXIS[factor]
-            carry = _widened(incision.carries[factor], before, raw.shape[axis])
-            known &= self._carry(raw, carry, axis)
+        for factor, raw in site.learned().items():
+            axis, carry = AXIS[factor], incision.carries.get(factor)
+            if carry is None or not carry.carried:
+                self._forget(raw)
+            else:
+                known &= self._carry(raw, _widened(carry, before, raw.shape[axis]), axis)
             there = self._store.read(raw).clone()
             self._rollback.push(functools.partial(self._store.write, raw, there))
             self._store.write(raw, _padded(incision.values[factor], raw.shape[axis], axis))
             self._rollback.push(functools.partial(setattr, raw, "grad", raw.grad))
             raw.grad = None
-        self._rollback.push(lambda: set_active(site.layer, site.adapter, before))
-        set_active(site.layer, site.adapter, incision.rank)
+        if incision.rank != before:
+            self._rollback.push(lambda: set_active(site.layer, site.adapter, before))
+            set_active(site.layer, site.adapter, incision.rank)
         return known
+
+    def _forget(self, raw: nn.Parameter) -> None:
+        """Let the state of one factor begin afresh."""
+        if self._store.moments(raw):
+            self._rollback.push(self._store.forget(raw))
 
     def _carry(self, raw: nn.Parameter, carry: Carry, axis: int) -> bool:
         """Carry the moments of one factor, in place; False if their layout is unknown."""

@@ -4,7 +4,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -12,63 +11,15 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import nn
 from torch.nn.utils import parametrize
 
-from gradrank.adapters.baking import form_behind, learned_tensors
-from gradrank.adapters.forms import active_components, form_of
-from gradrank.adapters.parametrizations import ComponentMask
+from gradrank.adapters.baking import form_behind
+from gradrank.adapters.layer_forms import stored_components
+from gradrank.adapters.parametrizations import ComponentMask, Singular
+from gradrank.adapters.site import LoraSite
 from gradrank.core.errors import SurgeryError
 from gradrank.core.targets import Target
 from gradrank.signals.layers import find_sites, unwrapped
 
 PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSite:
-    """One live LoRA layer.
-
-    Attributes:
-        name: Name of the adapted module in the base model.
-        layer: PEFT's layer.
-        adapter: Name of the adapter.
-    """
-
-    name: str
-    layer: Any
-    adapter: str
-
-    @property
-    def rank(self) -> int:
-        """Rank in use; under a mask the active components alone."""
-        return active_components(self.layer, self.adapter)
-
-    @property
-    def masked(self) -> bool:
-        """Whether the layer has a fixed shape and a component mask."""
-        return form_of(self.layer, self.adapter) == "mask"
-
-    @property
-    def scaling(self) -> float:
-        """Scale of the update, ``scaling * B A``."""
-        return float(self.layer.scaling[self.adapter])
-
-    def linear(self, factor: str) -> nn.Linear:
-        """Return the linear module that holds a factor.
-
-        Args:
-            factor: ``"A"`` or ``"B"``.
-        """
-        return (self.layer.lora_A if factor == "A" else self.layer.lora_B)[self.adapter]
-
-    def raw(self, factor: str) -> nn.Parameter:
-        """Return the parameter behind a factor: what the optimizer holds.
-
-        Args:
-            factor: ``"A"`` (``[r, d_in]``) or ``"B"`` (``[d_out, r]``).
-        """
-        linear: Any = self.linear(factor)
-        if form_behind(linear) is None:
-            return linear.weight
-        return learned_tensors(linear)["original"]
 
 
 def adapter_name(model: nn.Module, adapter: str | None = None) -> str:
@@ -166,9 +117,9 @@ def _why_not(layer: Any, adapter: str) -> str | None:
         return f"is adapted by a {kind} LoRA layer; only linear ones can change their rank"
     for linear in (layer.lora_A[adapter], layer.lora_B[adapter]):
         form = form_behind(linear)
-        if parametrize.is_parametrized(linear) and not isinstance(form, ComponentMask):
+        if parametrize.is_parametrized(linear) and not isinstance(form, ComponentMask | Singular):
             name = f"form '{form.kind}'" if form else "a parametrization that gradrank did not make"
-            return f"has {name}; only plain and masked factors can change their rank"
+            return f"has {name}; only plain, masked and SVD factors can change their rank"
     return None
 
 
@@ -203,7 +154,7 @@ def sync_config(model: nn.Module, adapter: str) -> None:
     alphas: dict[str, float] = {}
     for name, layer in _layers(model, adapter):
         plain = _why_not(layer, adapter) is not None
-        ranks[name] = layer.r[adapter] if plain else active_components(layer, adapter)
+        ranks[name] = layer.r[adapter] if plain else stored_components(layer, adapter)
         alphas[name] = layer_alpha(layer, adapter, ranks[name])
     if not ranks:
         return

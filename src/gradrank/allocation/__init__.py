@@ -8,6 +8,7 @@ not on their order.
 - :func:`allocate_gains`: ranks with the largest total gain; on top of :func:`solve`, the exact
   multiple-choice knapsack over :class:`Candidate`, or :func:`greedy`, the named fallback, whose
   distance to :func:`lp_bound` is less than one step.
+- :func:`keep_directions`: which single directions survive, by their scores.
 - :func:`uniform`, :func:`random_scores`, :func:`depth_scores`, :func:`permute_within_shape`,
   :func:`reverse_order`: controls.
 - :func:`rank_bounds`, :func:`rank_costs`, :func:`check_budget`: what new allocators share.
@@ -20,6 +21,7 @@ from gradrank.allocation.controls import (
     reverse_order,
     uniform,
 )
+from gradrank.allocation.directions import keep_directions
 from gradrank.allocation.gains import SOLVERS, allocate_gains
 from gradrank.allocation.hull import greedy, lp_bound
 from gradrank.allocation.knapsack import solve
@@ -34,6 +36,7 @@ __all__ = [
     "check_budget",
     "depth_scores",
     "greedy",
+    "keep_directions",
     "lp_bound",
     "permute_within_shape",
     "proportional",

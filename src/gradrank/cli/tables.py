@@ -146,11 +146,7 @@ def run_lines(record: RunRecord) -> list[str]:
     more = f" and {other:,} of the task head" if other else ""
     lines = [f"trained {counts.get('final', 0):,} adapter parameters{more}"]
     if record.decisions:
-        moved = sum(int(decision.get("moved") or 0) for decision in record.decisions)
-        lines.append(
-            f"capacity: {moved:,} parameters moved in {len(record.decisions)} decisions, never "
-            f"more than {counts.get('peak', 0):,} in use"
-        )
+        lines.append(_capacity_line(record, counts))
     if metrics:
         lines.append(
             "evaluation: "
@@ -188,3 +184,18 @@ def _short_names(names: Sequence[str]) -> list[str]:
         unique = (e for e in endings if sum(o == e or o.endswith("." + e) for o in names) == 1)
         short.append(next(unique, name))
     return short
+
+
+def _capacity_line(record: RunRecord, counts: Mapping[str, Any]) -> str:
+    """What a dynamic method did: moved capacity about, or took it away."""
+    moved = sum(int(decision.get("moved") or 0) for decision in record.decisions)
+    peak, times = counts.get("peak", 0), len(record.decisions)
+    if not moved and counts.get("final", 0) < peak:
+        return (
+            f"capacity: pruned from {peak:,} to {counts['final']:,} adapter parameters in {times} "
+            "decisions"
+        )
+    return (
+        f"capacity: {moved:,} parameters moved in {times} decisions, never more than "
+        f"{peak:,} in use"
+    )

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import PrinterCallback
 
 from gradrank.adapters import apply as adapters
-from gradrank.callback import CapacityCallback, prepare_trainer
+from gradrank.callback import prepare_trainer
 from gradrank.core.errors import GradrankError, OptionError
 from gradrank.lab.checkpoints import check_same_adapter, last_complete, read_state
 from gradrank.lab.encode import TaskData, size_of
@@ -20,6 +20,29 @@ from gradrank.lab.settings import TrainSettings, autocast_dtype, trainer_argumen
 from gradrank.lab.trainer import RunTrainer, Steps, Stopper
 
 Progress = Callable[[int, int, float, float], None]
+
+
+class Capacity(Protocol):
+    """A Trainer callback that moves capacity: gradrank's own, or the lab's driver of AdaLoRA."""
+
+    @property
+    def ranks_over_time(self) -> list[Any]:
+        """``[step, {target: rank}]``, the ranks at the start first."""
+        ...
+
+    @property
+    def decisions(self) -> list[dict[str, Any]]:
+        """One entry per decision."""
+        ...
+
+    @property
+    def start_parameters(self) -> int | None:
+        """Adapter parameters in use when the run began."""
+        ...
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        ...
 
 
 @dataclass
@@ -69,7 +92,7 @@ def train(
     on_progress: Progress | None = None,
     resume: bool = False,
     say: Callable[[str], None] | None = None,
-    capacity: CapacityCallback | None = None,
+    capacity: Capacity | None = None,
 ) -> TrainOutcome:
     """Fine-tune the trainable parameters of a model.
 
@@ -144,7 +167,7 @@ class _Run:
         folder: Path,
         outcome: TrainOutcome,
         on_progress: Progress | None,
-        capacity: CapacityCallback | None,
+        capacity: Capacity | None,
     ) -> None:
         self.capacity = capacity
         self.model, self.data, self.settings = model, data, settings
@@ -172,6 +195,7 @@ class _Run:
     def train(self, checkpoint: Path | None, stopper: Stopper) -> None:
         """Run the Trainer to the end, then evaluate."""
         self.steps.stopper = stopper
+        callbacks: list[Any] = [*([self.capacity] if self.capacity else []), self.steps]
         trainer = RunTrainer(
             model=self.model,
             args=trainer_arguments(
@@ -179,7 +203,7 @@ class _Run:
             ),
             train_dataset=self.data.train,
             data_collator=self.data.collate,
-            callbacks=[*([self.capacity] if self.capacity else []), self.steps],
+            callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.steps = self.steps
@@ -219,6 +243,9 @@ class _Run:
         if self.capacity is not None:
             outcome.ranks_over_time = self.capacity.ranks_over_time
             outcome.decisions = self.capacity.decisions
+            # Methods that prune begin with more than the plan's ranks.
+            began = self.capacity.start_parameters
+            outcome.adapter_parameters = began or outcome.adapter_parameters
             self.capacity.close()
 
     def how_to_resume(self) -> str:

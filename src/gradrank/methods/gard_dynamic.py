@@ -11,10 +11,9 @@ from torch import Tensor
 from gradrank.allocation import proportional
 from gradrank.core.errors import MeasurementError, OptionError
 from gradrank.core.targets import Target
+from gradrank.methods.course import Decision
 from gradrank.methods.method import (
     Assessment,
-    Course,
-    Decision,
     by_effective_rank,
     check_rank_bounds,
     check_sketch,
@@ -124,7 +123,7 @@ class DynamicGard:
             spend_leftover=self.spend_leftover,
         )
 
-    def course(self, targets: Sequence[Target], budget: int, total_steps: int) -> Course:
+    def course(self, targets: Sequence[Target], budget: int, total_steps: int) -> "GardCourse":
         """Return the course of one run.
 
         Args:
@@ -164,6 +163,10 @@ class GardCourse:
         self.ceilings = {target.name: min(target.max_rank, most) for target in targets}
         self.shrink, self.grow = method.shrink, method.grow
         self._smoothed: dict[str, float] = {}
+
+    def allowed(self, step: int, start: int) -> int:
+        """Return the budget, which holds at every step."""
+        return self._budget
 
     def decide(self, ranks: Mapping[str, int], measurement: Measurement) -> Decision:
         """Return new ranks from the window's spectrum.

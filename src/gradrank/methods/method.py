@@ -6,12 +6,9 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType
 from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 
-from torch import Tensor
-
 from gradrank.core.errors import MeasurementError, OptionError, nearest
 from gradrank.core.targets import Target
-from gradrank.schedule import Schedule
-from gradrank.signals.measure import MAX_SKETCH, Signal, Spectrum
+from gradrank.signals.measure import MAX_SKETCH, Signal
 from gradrank.signals.measurement import Measurement
 
 
@@ -60,68 +57,6 @@ class Method(Protocol):
         self, targets: Sequence[Target], assessment: Assessment, budget: int
     ) -> dict[str, int]:
         """Return a rank per target, zeros included, within ``budget`` parameters."""
-        ...
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What a dynamic method decided after a step.
-
-    Attributes:
-        ranks: Rank per target, zeros included, within the budget.
-        details: Columns for the record, per target and by name (``effective_rank``,
-            ``smoothed``, ``energy``).
-    """
-
-    ranks: Mapping[str, int]
-    details: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-
-class Course(Protocol):
-    """A dynamic method in one run: when it looks, what it decides, and what it remembers.
-
-    Attributes:
-        schedule: When gradients are observed and decisions fall due.
-        signal: What is measured of every observed mini-batch.
-        ceilings: Largest rank that each target may ever get, by name; what fixed-shape training
-            must reserve.
-        shrink: How ranks shrink: ``svd`` or ``norm``.
-        grow: Where ranks grow: ``random`` or ``gradient``.
-    """
-
-    @property
-    def schedule(self) -> Schedule: ...  # noqa: D102
-    @property
-    def signal(self) -> Spectrum: ...  # noqa: D102
-    @property
-    def ceilings(self) -> Mapping[str, int]: ...  # noqa: D102
-    @property
-    def shrink(self) -> str: ...  # noqa: D102
-    @property
-    def grow(self) -> str: ...  # noqa: D102
-
-    def decide(self, ranks: Mapping[str, int], measurement: Measurement) -> Decision:
-        """Return new ranks, given those in use and the measurement of the window."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """Return everything that later decisions rest on."""
-        ...
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state` returned."""
-        ...
-
-
-@runtime_checkable
-class DynamicMethod(Method, Protocol):
-    """A method that goes on moving capacity while the model trains.
-
-    :meth:`Method.ranks` gives the ranks to begin with.
-    """
-
-    def course(self, targets: Sequence[Target], budget: int, total_steps: int) -> Course:
-        """Return the course of one run within ``budget`` parameters."""
         ...
 
 

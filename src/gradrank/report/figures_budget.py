@@ -23,6 +23,7 @@ from gradrank.report.view import Run, final
 
 _WIDTH = 500
 _PARTS = {"measure": "measuring", "train": "training", "eval": "evaluating"}
+_WHY = "the record was edited or is damaged"
 _PART_MARKS = {
     "measure": Mark("#E69F00", "o", "-", "///"),
     "train": Mark("#0072B2", "s", "-", ""),
@@ -162,9 +163,16 @@ def _slack_sentence(runs: Sequence[Run]) -> str:
     known = [run for run in runs if run.slack is not None and run.budget]
     if not known:
         return "These records name no budget, so slack is unknown."
-    if any((run.slack or 0) < 0 for run in known):
-        over = listed(label_of(run) for run in known if (run.slack or 0) < 0)
-        return f"{over} spends more than its budget: the record was edited or is damaged."
+    over = [run for run in known if (run.slack or 0) < 0]
+    if over:
+        stopped = [run for run in over if run.falls and not run.finished]
+        odd = [run for run in over if run not in stopped]
+        parts = [f"{label_of(run)} was stopped on the way down to its budget." for run in stopped]
+        if odd:
+            who = listed(label_of(run) for run in odd)
+            why = "it was not brought down to it" if all(run.falls for run in odd) else _WHY
+            parts.append(f"{who} spends more than its budget: {why}.")
+        return " ".join(parts)
     worst = max(known, key=lambda run: (run.slack or 0) / (run.budget or 1))
     if not worst.slack:
         return "The budget is spent to the last parameter."

@@ -10,14 +10,15 @@ from matplotlib.lines import Line2D
 
 from gradrank.report.figures_time import shown_end
 from gradrank.report.history import Event
+from gradrank.report.panels import LEFT, WIDTH, step_axis, two_panels
+from gradrank.report.pruned import falling
 from gradrank.report.style import add_legend, legend_shape, whole_ticks
-from gradrank.report.svg import Figure, canvas, finish, look
+from gradrank.report.svg import Figure, finish, look
 from gradrank.report.text import count, listed, percent, plural
 from gradrank.report.view import Run
 
-_WIDTH, _LEFT, _RIGHT = 500, 86, 16
-_USED, _LIMIT, _OVER, _BAR = "#0072B2", "#333333", "#D55E00", "#009E73"
-_BROKEN = (0, (5, 2))
+_USED, _LIMIT, _OVER, _BAR, _ASKED = "#0072B2", "#333333", "#D55E00", "#009E73", "#D55E00"
+_BROKEN, _DOTTED = (0, (5, 2)), (0, (1.2, 1.6))
 
 
 @look()
@@ -31,12 +32,13 @@ def budget_course(run: Run, suffix: str = "") -> Figure | None:
     Returns:
         The figure, or None if parameters are unknown. ``data``: ``used`` and ``budget`` (lists of
         ``[step, parameters]``, each valid until the next), ``slack`` (where both are known) and
-        ``over`` (steps above the budget).
+        ``over`` (steps above the budget); where the budget falls, ``budget`` is what is allowed
+        and ``asked`` what it comes down to.
     """
     history = run.history
     if history is None:
         return None
-    points = _points(run)
+    points = history.usage
     used = [[step, value] for step, value, _ in points if value is not None]
     budget = [[step, limit] for step, _, limit in points if limit is not None]
     slack = [[s, limit - v] for s, v, limit in points if v is not None and limit is not None]
@@ -44,27 +46,30 @@ def budget_course(run: Run, suffix: str = "") -> Figure | None:
         return None
     over = [step for step, left in slack if left < 0]
     end = max(shown_end(run), points[-1][0])
-    drawn, (upper, lower) = _two_panels((170, 110 if slack else 0), 1 + bool(budget))
+    asked = history.asked if history.falls else None
+    drawn, (upper, lower) = two_panels((170, 110 if slack else 0), 1)
     _course(upper, used, end, color=_USED, linewidth=2.4)
     steps, values = zip(*used, strict=True)
     style = {"color": "#a9cfe8", "linewidth": 0}
     upper.fill_between([*steps, end], [*values, values[-1]], step="post", **style)
     if budget:
         _course(upper, budget, end, color=_LIMIT, linestyle=_BROKEN, linewidth=1.6)
-    highest = max(value for _, value in used + budget)
+    if asked is not None:
+        upper.axhline(asked, color=_ASKED, linestyle=_DOTTED, linewidth=2.2)
+    highest = max([asked or 0, *(value for _, value in used + budget)])
     upper.set_ylim(0, 1.12 * max(highest, 1))
     upper.set_ylabel("parameters")
-    _legend(drawn, budgeted=bool(budget))
+    _legend(drawn, bool(budget), history.falls, asked is not None)
     if slack:
         _slack(lower, slack, end)
-    _axis(upper if not slack else lower, (points[0][0], end))
-    _same_axis(upper, lower)
-    caption = "Solid: adapter parameters in use. "
-    if budget:
-        caption += "Broken: the budget. Below: what is left of it; under zero would be too much."
-    data = {"used": used, "budget": budget, "slack": slack, "over": over}
+    step_axis(upper, lower, (points[0][0], end))
+    data: dict[str, Any] = {"used": used, "budget": budget, "slack": slack, "over": over}
+    if history.falls:
+        data["asked"] = asked
+    headline = falling(run) if history.falls else _budget_headline(slack, budget, used)
     name, title = f"budget-over-time{suffix}", "Budget over time"
-    return finish(drawn, name, title, caption.strip(), data, _budget_headline(slack, budget, used))
+    caption = _budget_caption(bool(budget), history.falls)
+    return finish(drawn, name, title, caption, data, headline)
 
 
 @look()
@@ -77,19 +82,24 @@ def moved_bars(run: Run, suffix: str = "") -> Figure | None:
 
     Returns:
         The figure, or None if nothing is known to have moved. ``data``: ``moved`` and
-        ``changed``, lists of ``[step, number]``.
+        ``changed``, lists of ``[step, number]``; ``taken`` instead of ``moved`` where capacity was
+        only taken away.
     """
-    events = run.history.events if run.history else ()
-    moved = [[event.step, event.moved] for event in events if event.moved is not None]
+    history = run.history
+    events = history.events if history else ()
+    shrinks = history is not None and history.only_shrinks
+    worth = [(e.step, e.taken if shrinks else e.moved) for e in events]
+    moved = [[step, value] for step, value in worth if value is not None]
     changed = [[event.step, event.changed] for event in events if event.changed is not None]
     if not any(value for _, value in [*moved, *changed]):
         return None
     steps = [event.step for event in events]
     end = max(shown_end(run), steps[-1])
     gap = min((b - a for a, b in pairwise(steps)), default=max(1.0, 0.1 * end))
-    drawn, (upper, lower) = _two_panels((140, 140), 0)
+    drawn, (upper, lower) = two_panels((140, 140))
+    verb = "taken" if shrinks else "moved"
     for ax, bars, label, colour in (
-        (upper, moved, "parameters moved", _USED),
+        (upper, moved, f"parameters {verb}", _USED),
         (lower, changed, "targets changed", _BAR),
     ):
         if bars:
@@ -101,33 +111,27 @@ def moved_bars(run: Run, suffix: str = "") -> Figure | None:
         ax.yaxis.set_major_formatter(lambda value, _: count(value))
         if not bars:
             ax.text(0.5, 0.5, "not known", transform=ax.transAxes, ha="center", color="#555555")
-    _axis(lower, (min(0.0, steps[0] - gap / 2), max(end, steps[-1] + gap / 2)))
-    _same_axis(upper, lower)
-    caption = (
-        "One bar per decision. Above: parameters given to targets that grew. Below: targets whose "
-        "rank changed, up or down."
-    )
-    data = {"moved": moved, "changed": changed}
-    name, title = f"moved-capacity{suffix}", "Capacity moved by each decision"
-    return finish(drawn, name, title, caption, data, _moved_headline(events))
+    step_axis(upper, lower, (min(0.0, steps[0] - gap / 2), max(end, steps[-1] + gap / 2)))
+    what = "given to targets that grew. Below: targets whose rank changed, up or down."
+    title = "Capacity moved by each decision"
+    headline = _moved_headline(events)
+    if shrinks:
+        what = "taken away; none were given. Below: targets that lost rank."
+        title, headline = "Capacity taken away by each decision", _taken_headline(events)
+    caption = f"One bar per decision. Above: parameters {what}"
+    data = {verb: moved, "changed": changed}
+    return finish(drawn, f"moved-capacity{suffix}", title, caption, data, headline)
 
 
-def _points(run: Run) -> list[tuple[int, int | None, int | None]]:
-    """Return ``(step, parameters, budget)``, the start first.
-
-    Before the first decision the budget is known only if it never changes.
-    """
-    history = run.history
-    if history is None:
-        return []
-    points = [(e.step, e.parameters, e.budget) for e in history.events]
-    if history.ranks and history.ranks[0][0] < (points[0][0] if points else 1):
-        step, ranks = history.ranks[0]
-        limits = {limit for _, _, limit in points}
-        if history.budget is not None:
-            limits.add(history.budget)
-        points.insert(0, (step, history.cost_of(ranks), limits.pop() if len(limits) == 1 else None))
-    return points
+def _budget_caption(budgeted: bool, falls: bool) -> str:
+    caption = "Solid: adapter parameters in use."
+    if falls:
+        allowed = " Broken: what each decision allows." if budgeted else ""
+        caption += f"{allowed} Dotted: the budget that was asked for, which binds at the end only."
+        return caption + (" Below: what is left of what is allowed." if budgeted else "")
+    if budgeted:
+        caption += " Broken: the budget. Below: what is left of it; under zero would be too much."
+    return caption
 
 
 def _budget_headline(
@@ -165,6 +169,15 @@ def _moved_headline(events: Sequence[Event]) -> str:
     return f"{text}; the last one, at step {count(known[-1].step)}, {_share(known[-1])}."
 
 
+def _taken_headline(events: Sequence[Event]) -> str:
+    most = max(events, key=lambda event: event.taken or 0)
+    whole = sum(event.taken or 0 for event in events)
+    text = f"The largest decision, at step {count(most.step)}, took {count(most.taken)} parameters"
+    if len(events) == 1:
+        return f"The only decision, at step {count(most.step)}, took {count(whole)} parameters."
+    return f"{text}, {percent((most.taken or 0) / whole)} of all that was taken away."
+
+
 def _share(event: Event) -> str:
     moved = event.moved or 0
     if not moved:
@@ -174,21 +187,6 @@ def _share(event: Event) -> str:
         if event.budget
         else f"{count(moved)} parameters"
     )
-
-
-def _two_panels(tall: tuple[int, int], lines: int) -> tuple[Canvas, tuple[Axes, Axes]]:
-    head, gap, foot = (10 + 20 * bool(lines)), 16 * bool(tall[1]), 44
-    height = head + sum(tall) + gap + foot
-    drawn = canvas(_WIDTH, height)
-    left, wide = _LEFT / _WIDTH, (_WIDTH - _LEFT - _RIGHT) / _WIDTH
-    low = max(tall[1], 1)
-    upper = drawn.add_axes((left, (foot + tall[1] + gap) / height, wide, tall[0] / height))
-    lower = drawn.add_axes((left, foot / height, wide, low / height))
-    lower.set_visible(bool(tall[1]))
-    for ax in (upper, lower):
-        ax.tick_params(length=0)
-        ax.yaxis.set_major_formatter(lambda value, _: count(value).replace("-", "−"))
-    return drawn, (upper, lower)
 
 
 def _course(ax: Axes, points: Sequence[Sequence[int]], end: int, **style: Any) -> None:
@@ -212,26 +210,14 @@ def _slack(ax: Axes, slack: Sequence[Sequence[int]], end: int) -> None:
     whole_ticks(ax, "y", 4)
 
 
-def _axis(ax: Axes, span: tuple[float, float]) -> None:
-    ax.set_xlim(span[0], span[1] if span[1] > span[0] else span[0] + 1)
-    ax.set_xlabel("step")
-    whole_ticks(ax, "x", 6)
-    ax.xaxis.set_major_formatter(lambda value, _: count(value))
-
-
-def _same_axis(upper: Axes, lower: Axes) -> None:
-    """Give the upper panel the steps of the lower one, without repeating its labels."""
-    if lower.get_visible():
-        upper.set_xlim(lower.get_xlim())
-        whole_ticks(upper, "x", 6)
-        upper.tick_params(labelbottom=False)
-
-
-def _legend(drawn: Canvas, budgeted: bool) -> None:
+def _legend(drawn: Canvas, budgeted: bool, falls: bool, asked: bool) -> None:
     handles = [Line2D([], [], color=_USED, linewidth=2.4)]
     labels = ["in use"]
     if budgeted:
         handles.append(Line2D([], [], color=_LIMIT, linestyle=_BROKEN, linewidth=1.6))
-        labels.append("budget")
-    shape = legend_shape(labels, _WIDTH - _LEFT, 3)
-    add_legend(drawn, handles, labels, shape, left=_LEFT - 8, handlelength=3)
+        labels.append("allowed" if falls else "budget")
+    if asked:
+        handles.append(Line2D([], [], color=_ASKED, linestyle=_DOTTED, linewidth=2.2))
+        labels.append("asked for")
+    shape = legend_shape(labels, WIDTH - LEFT, 3)
+    add_legend(drawn, handles, labels, shape, left=LEFT - 8, handlelength=3)

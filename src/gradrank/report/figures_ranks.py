@@ -21,11 +21,12 @@ MAX_ALLOCATIONS = 6
 
 @dataclass(frozen=True)
 class Allocation:
-    """The ranks that one or several runs share."""
+    """The ranks that one or several runs share: the final ones, and where they began."""
 
     label: str
     ranks: Mapping[str, int]
     mark: Mark
+    start: Mapping[str, int] | None = None
 
     @property
     def constant(self) -> int | None:
@@ -35,7 +36,7 @@ class Allocation:
 
 
 def allocations(runs: Sequence[Run]) -> list[Allocation]:
-    """Return each allocation once; runs with equal ranks share one.
+    """Return each allocation once; runs with equal ranks, in the end and at the start, share one.
 
     Args:
         runs: The runs.
@@ -47,7 +48,8 @@ def allocations(runs: Sequence[Run]) -> list[Allocation]:
     groups: dict[Any, list[Run]] = {}
     for run in runs:
         if run.planned:
-            groups.setdefault(tuple(sorted(run.ranks.items())), []).append(run)
+            key = tuple(tuple(sorted(r.items())) for r in (run.ranks, _started(run) or {}))
+            groups.setdefault(key, []).append(run)
     found: dict[str, Allocation] = {}
     for group in list(groups.values())[:MAX_ALLOCATIONS]:
         label = label_of(group[0])
@@ -56,8 +58,14 @@ def allocations(runs: Sequence[Run]) -> list[Allocation]:
             label = f"{methods} ({plural(len(group), 'run')})"
         if label in found:
             label = f"{label} as {label_of(group[0])}"
-        found[label] = Allocation(label, group[0].ranks, marks[group[0].label])
+        first = group[0]
+        found[label] = Allocation(label, first.ranks, marks[first.label], _started(first))
     return list(found.values())
+
+
+def _started(run: Run) -> Mapping[str, int] | None:
+    """Return the ranks at the start of a run; None where only one allocation is known."""
+    return run.history.start if run.history is not None and run.history.ranks else None
 
 
 @look()
@@ -69,21 +77,32 @@ def rank_heat_map(runs: Sequence[Run], layout: Layout) -> Figure | None:
         layout: Where each target stands.
 
     Returns:
-        The figure, or None without a plan. ``data``: ``rows``, ``columns``, ``panels``.
+        The figure, or None without a plan. ``data``: ``rows``, ``columns``, ``panels``; ranks that
+        differed at the start of a run have a panel of their own.
+
+    Source:
+        IGU-LoRA, Figure 5: ranks by layer and module type.
     """
     every = allocations(runs)
     if not every:
         return None
     varied = [a for a in every if a.constant is None] or every[:1]
-    highest = max(max(a.ranks.values()) for a in varied)
-    panels = {a.label: {name: float(rank) for name, rank in a.ranks.items()} for a in varied}
+    panels: dict[str, dict[str, float]] = {}
+    for a in varied:
+        if a.start is not None and len({a.start.get(name, 0) for name in a.ranks}) > 1:
+            panels[f"{a.label}, at the start"] = {n: float(a.start.get(n, 0)) for n in a.ranks}
+        panels[a.label] = {name: float(rank) for name, rank in a.ranks.items()}
+    panels = dict(list(panels.items())[:MAX_ALLOCATIONS])
+    highest = max(max(ranks.values()) for ranks in panels.values())
     scale = Scale(1, max(highest, 2), "rank")
     drawn, data = heat_map(panels, layout, scale)
     caption = "Brighter is a higher rank, so more directions for that matrix to change in."
     if any(0 in a.ranks.values() for a in varied):
         caption += " Light grey cells are rank 0: those targets carry no adapter."
-    caption += _constant_note(every, varied) + _dropped_note(layout, MAX_ROWS)
-    return finish(drawn, "rank-heat-map", _titled("Rank of every target", runs), caption, data)
+    caption += _constant_note(every, varied) + _start_note(varied) + _dropped_note(layout, MAX_ROWS)
+    title = _titled("Rank of every target", runs)
+    headline = " ".join(text for a in varied if (text := _depths(a, layout)))
+    return finish(drawn, "rank-heat-map", title, caption, data, headline)
 
 
 @look()
@@ -221,6 +240,37 @@ def _constant_note(every: Sequence[Allocation], drawn: Sequence[Allocation]) -> 
     left_out = [a for a in every if a not in drawn]
     notes = listed(f"{a.label} (rank {a.constant} everywhere)" for a in left_out)
     return f" Not drawn: {notes}." if left_out else ""
+
+
+def _start_note(drawn: Sequence[Allocation]) -> str:
+    same = {}
+    for a in drawn:
+        ranks = {a.start.get(name, 0) for name in a.ranks} if a.start is not None else set()
+        if len(ranks) == 1:
+            same[a.label] = ranks.pop()
+    notes = listed(f"{label} had rank {rank}" for label, rank in same.items())
+    return f" At the start every target of {notes}." if notes else ""
+
+
+def _depths(allocation: Allocation, layout: Layout) -> str:
+    """Say how ranks differ between the first and the last third of the layers."""
+    numbered = [i for i, (_, depth) in enumerate(layout.columns) if depth is not None]
+    part = len(numbered) // 3
+    if not part or allocation.constant is not None:
+        return ""
+    ends = []
+    for columns in (set(numbered[:part]), set(numbered[-part:])):
+        ranks = [r for name, r in allocation.ranks.items() if layout.places[name][0] in columns]
+        if not ranks:
+            return ""
+        ends.append(number(sum(ranks) / len(ranks), 3))
+    zeros = sum(1 for rank in allocation.ranks.values() if not rank)
+    whole = plural(len(allocation.ranks), "target")
+    lost = f"; {count(zeros)} of {whole} have no adapter" if zeros else ""
+    return (
+        f"{allocation.label}: mean rank {ends[0]} in the first third of the layers, {ends[1]} in "
+        f"the last{lost}."
+    )
 
 
 def _dropped_note(layout: Layout, most: int) -> str:

@@ -73,6 +73,10 @@ def score_against_rank(runs: Sequence[Run], layout: Layout) -> Figure | None:
             if entry.score is not None:
                 key = type_key(layout.row_of(name), marks)
                 points.setdefault(key, []).append([entry.score, entry.rank])
+        # Methods that know nothing before training plan by equal scores, which explain no rank.
+        told = {pair[0] for group in points.values() for pair in group}
+        if run.falls and len(told) < 2:
+            continue
         if points and len(data) < MAX_ALLOCATIONS:
             pairs = [pair for group in points.values() for pair in group]
             rho = spearman([p[0] for p in pairs], [p[1] for p in pairs])

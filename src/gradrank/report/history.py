@@ -1,13 +1,10 @@
-"""How capacity moved while a run trained, read with care: ranks and decisions over time."""
+"""How capacity moved while a run trained: ranks and decisions over time."""
 
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
-
-from gradrank.record import RunRecord
-from gradrank.report.text import as_count, as_float, clean
+from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,13 +14,18 @@ class Decision:
     Attributes:
         step: When it was taken.
         parameters: Adapter parameters in use after it.
-        budget: The budget in force.
+        budget: Parameters allowed after it.
         moved: Parameters given to targets that grew.
         changed: Targets whose rank changed.
-        seconds: What measuring, deciding and resizing took.
+        seconds: What deciding and resizing took.
         effective_rank: Of the window that was measured, by target.
         smoothed: Moving average of the effective rank, by target.
         energy: Mean squared gradient norm of the window, by target.
+        importance: Sum of the scores of the directions kept, by target, in the method's unit.
+        passes: Scoring passes so far.
+        attributed: Sum of all attributions since the decision before, nats.
+        loss_change: What the adapter changed the loss by, nats.
+        gap: Completeness gap: their distance, relative to the change.
     """
 
     step: int
@@ -35,6 +37,11 @@ class Decision:
     effective_rank: Mapping[str, float] = field(default_factory=dict)
     smoothed: Mapping[str, float] = field(default_factory=dict)
     energy: Mapping[str, float] = field(default_factory=dict)
+    importance: Mapping[str, float] = field(default_factory=dict)
+    passes: float | None = None
+    attributed: float | None = None
+    loss_change: float | None = None
+    gap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,14 @@ class History:
         decisions: By rising step.
         costs: Parameters of one rank (``d_in + d_out``) by target, where the plan tells its shape.
         budget: The plan's budget, or None.
+        tolerance: Completeness gap above which the method itself would warn, or None.
     """
 
     ranks: tuple[tuple[int, Mapping[str, int]], ...]
     decisions: tuple[Decision, ...]
     costs: Mapping[str, int]
     budget: int | None
+    tolerance: float | None = None
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
@@ -65,8 +74,8 @@ class History:
             dict.fromkeys(
                 name
                 for decision in self.decisions
-                for values in (decision.effective_rank, decision.smoothed, decision.energy)
-                for name in values
+                for column in ("effective_rank", "smoothed", "energy", "importance")
+                for name in getattr(decision, column)
             )
         )
 
@@ -89,6 +98,76 @@ class History:
         told = {decision.step: decision for decision in self.decisions}
         steps = sorted({*told, *(step for step, _ in self.ranks[1:])})
         return tuple(self._event(told.get(step, Decision(step))) for step in steps)
+
+    @cached_property
+    def asked(self) -> int | None:
+        """The budget that was asked for: the plan's, else what was allowed last."""
+        told = [d.budget for d in self.decisions if d.budget is not None]
+        return self.budget if self.budget is not None else (told[-1] if told else None)
+
+    @cached_property
+    def falls(self) -> bool:
+        """Whether capacity came down to its budget from above, as methods do that prune."""
+        told = [d.budget for d in self.decisions if d.budget is not None]
+        if told and told[-1] < told[0]:
+            return True
+        start = self.cost_of(self.start) if self.ranks else None
+        if start is None or self.asked is None or start <= self.asked:
+            return False
+        used = [self.cost_of(ranks) or 0 for _, ranks in self.ranks]
+        return all(after <= before for before, after in pairwise(used))
+
+    @cached_property
+    def usage(self) -> tuple[tuple[int, int | None, int | None], ...]:
+        """``(step, parameters in use, parameters allowed)`` at the start and after each event.
+
+        At the start the allowance is known only if it never changes.
+        """
+        points = [(e.step, e.parameters, e.budget) for e in self.events]
+        if self.ranks and self.ranks[0][0] < (points[0][0] if points else 1):
+            step, ranks = self.ranks[0]
+            limits = {limit for _, _, limit in points}
+            if self.budget is not None:
+                limits.add(self.budget)
+            known = len(limits) == 1 and not self.falls
+            points.insert(0, (step, self.cost_of(ranks), limits.pop() if known else None))
+        return tuple(points)
+
+    @cached_property
+    def peak(self) -> int | None:
+        """Most parameters in use at any time, as far as it is known."""
+        return max((used for _, used, _ in self.usage if used is not None), default=None)
+
+    @cached_property
+    def settled(self) -> int | None:
+        """The step from which on no more is in use than was asked for; None if there is none."""
+        known = [(step, used) for step, used, _ in self.usage if used is not None]
+        if self.asked is None or not known or known[-1][1] > self.asked:
+            return None
+        above = [i for i, (_, used) in enumerate(known) if used > self.asked]
+        return known[above[-1] + 1][0] if above else known[0][0]
+
+    @property
+    def only_shrinks(self) -> bool:
+        """Whether decisions took parameters away and never gave any."""
+        return any(e.taken for e in self.events) and not any(e.moved for e in self.events)
+
+    @property
+    def passes(self) -> float | None:
+        """Scoring passes of the whole run, or None if no decision tells them."""
+        return max((d.passes for d in self.decisions if d.passes is not None), default=None)
+
+    def ranks_at(self, step: int) -> Mapping[str, int]:
+        """Return the ranks in use after a step.
+
+        Args:
+            step: The step.
+
+        Returns:
+            Rank by target; empty before the first known ranks.
+        """
+        position = bisect_right(self._rank_steps, step) - 1
+        return self.ranks[position][1] if position >= 0 else {}
 
     def cost_of(self, ranks: Mapping[str, int]) -> int | None:
         """Return what ranks cost.
@@ -124,13 +203,17 @@ class History:
             before = self.ranks[position - 1][1] if step == told.step and position else ranks
             change = self.change(before, ranks)
             grown = {name: value for name, value in change.items() if value > 0}
-            computed = Recount(self.cost_of(ranks), self.cost_of(grown), len(change))
+            shrunk = {name: -value for name, value in change.items() if value < 0}
+            worth = self.cost_of(grown), self.cost_of(shrunk)
+            computed = Recount(self.cost_of(ranks), worth[0], len(change), worth[1])
         return Event(
             step=told.step,
             parameters=_first(told.parameters, computed.parameters),
-            budget=_first(told.budget, self.budget),
+            # What is allowed on the way down to a budget is known only where it is told.
+            budget=told.budget if self.falls else _first(told.budget, self.budget),
             moved=_first(told.moved, computed.moved),
             changed=_first(told.changed, computed.changed),
+            taken=computed.taken,
             decision=told,
             recount=computed,
         )
@@ -147,6 +230,7 @@ class Recount:
     parameters: int | None = None
     moved: int | None = None
     changed: int | None = None
+    taken: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +238,8 @@ class Event:
     """One decision or change of ranks: as told, else as counted from the ranks.
 
     ``recount`` always holds the latter, so that a record that contradicts itself is noticed;
-    ``decision`` is what the record tells, empty for a change of ranks without a decision.
+    ``taken`` (parameters that targets lost) is known from ranks only; ``decision`` is what the
+    record tells, empty for a change of ranks without a decision.
     """
 
     step: int
@@ -162,61 +247,9 @@ class Event:
     budget: int | None
     moved: int | None
     changed: int | None
+    taken: int | None
     decision: Decision
     recount: Recount
-
-
-def read_history(record: RunRecord, costs: Mapping[str, int], budget: int | None) -> History | None:
-    """Read what a record tells of ranks and decisions over time.
-
-    Args:
-        record: The record, untrusted.
-        costs: Parameters of one rank by target.
-        budget: The plan's budget.
-
-    Returns:
-        The history; None without decisions and with fewer than two entries of ranks.
-    """
-    ranks: dict[int, dict[str, int]] = {}
-    for entry in _entries(record.ranks_over_time):
-        if isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], Mapping):
-            step = as_count(entry[0])
-            if step is not None:
-                ranks[step] = _named(entry[1], as_count)
-    decisions: dict[int, Decision] = {}
-    for entry in _entries(record.decisions):
-        if isinstance(entry, Mapping) and (step := as_count(entry.get("step"))) is not None:
-            decisions[step] = _decision(step, entry)
-    if len(ranks) < 2 and not decisions:
-        return None
-    ordered = tuple(decisions[step] for step in sorted(decisions))
-    return History(tuple(sorted(ranks.items())), ordered, costs, budget)
-
-
-def _decision(step: int, entry: Mapping[str, Any]) -> Decision:
-    seconds = as_float(entry.get("seconds"))
-    return Decision(
-        step=step,
-        parameters=as_count(entry.get("parameters")),
-        budget=as_count(entry.get("budget")),
-        moved=as_count(entry.get("moved")),
-        changed=as_count(entry.get("changed")),
-        seconds=None if seconds is None else max(seconds, 0.0),
-        effective_rank=_named(entry.get("effective_rank"), as_float),
-        smoothed=_named(entry.get("smoothed"), as_float),
-        energy=_named(entry.get("energy"), as_float),
-    )
-
-
-def _entries(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else []
-
-
-def _named(value: Any, read: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {}
-    found = {clean(name): read(item) for name, item in value.items()}
-    return {name: item for name, item in found.items() if item is not None}
 
 
 def _first(told: int | None, computed: int | None) -> int | None:

@@ -86,7 +86,9 @@ def movement(history: History, layout: Layout) -> Movement:
         by_type[row] = by_type.get(row, 0) + ranks * history.costs[name]
     worth = [ranks * history.costs[name] for name, ranks in net.items()] if priced else []
     moves = [event.moved for event in events]
-    budget = next((e.budget for e in reversed(events) if e.budget), history.budget)
+    told = next((e.budget for e in reversed(events) if e.budget), history.budget)
+    # On the way down the last allowance is not the budget: a run may have been stopped before.
+    budget = history.asked if history.falls else told
     before, after = history.cost_of(history.start), history.cost_of(history.final)
     return Movement(
         decisions=len(history.decisions) or len(events),
@@ -165,9 +167,10 @@ def _one_way(moved: Movement) -> str:
     if len(moved.by_type) > 1 and abs(moved.by_type[row]) >= MOST * size:
         most = f", mostly in {row}"
     verb, other = ("grew", "shrank") if grew else ("shrank", "grew")
+    lost = f" {plural(moved.dropped, 'target')} lost the whole adapter." if moved.dropped else ""
     return (
         f"the adapter {verb} from {count(moved.before)} to {count(moved.after)} parameters{most}; "
-        f"no target {other}."
+        f"no target {other}.{lost}"
     )
 
 

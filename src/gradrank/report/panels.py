@@ -1,4 +1,4 @@
-"""Small multiples: one little panel per module type, on common axes."""
+"""Panels: one little panel per module type on common axes, or two above one axis of steps."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,10 +7,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from gradrank.report.style import add_legend, legend_shape, safe
+from gradrank.report.style import add_legend, legend_shape, safe, whole_ticks
 from gradrank.report.svg import canvas
+from gradrank.report.text import count
 
 MAX_PANELS = 12
+WIDTH = 500
+LEFT = 86
 _LEFT, _RIGHT, _TOP, _GAP_X, _GAP_Y, _FOOT = 66, 14, 30, 24, 50, 42
 
 
@@ -62,3 +65,44 @@ def small_multiples(
     if legend:
         add_legend(drawn, *legend, shape, left=_LEFT - 8, handlelength=3.2)
     return drawn
+
+
+def two_panels(tall: tuple[int, int], legend_rows: int = 0) -> tuple[Canvas, tuple[Axes, Axes]]:
+    """Put two panels above each other, for two quantities over the same steps.
+
+    Args:
+        tall: Heights in pixels; a second one of 0 hides the lower panel.
+        legend_rows: Lines of a legend above them.
+
+    Returns:
+        The canvas, ``WIDTH`` wide, and its panels; their values are written as whole numbers.
+    """
+    head, gap, foot = 10 + 20 * legend_rows, 16 * bool(tall[1]), 44
+    height = head + sum(tall) + gap + foot
+    drawn = canvas(WIDTH, height)
+    left, wide = LEFT / WIDTH, (WIDTH - LEFT - 22) / WIDTH
+    low = max(tall[1], 1)
+    upper = drawn.add_axes((left, (foot + tall[1] + gap) / height, wide, tall[0] / height))
+    lower = drawn.add_axes((left, foot / height, wide, low / height))
+    lower.set_visible(bool(tall[1]))
+    for ax in (upper, lower):
+        ax.tick_params(length=0)
+        ax.yaxis.set_major_formatter(lambda value, _: count(value).replace("-", "−"))
+    return drawn, (upper, lower)
+
+
+def step_axis(upper: Axes, lower: Axes, span: tuple[float, float]) -> None:
+    """Give both panels the same steps, written below the lowest that is shown.
+
+    Args:
+        upper: The upper panel.
+        lower: The lower panel.
+        span: First and last step.
+    """
+    shown = [ax for ax in (upper, lower) if ax.get_visible()]
+    for ax in shown:
+        ax.set_xlim(span[0], span[1] if span[1] > span[0] else span[0] + 1)
+        whole_ticks(ax, "x", 6)
+        ax.xaxis.set_major_formatter(lambda value, _: count(value))
+        ax.tick_params(labelbottom=ax is shown[-1])
+    shown[-1].set_xlabel("step")

@@ -8,7 +8,8 @@ import numpy as np
 
 from gradrank.core.errors import DataError
 from gradrank.record import RunRecord
-from gradrank.report.history import History, read_history
+from gradrank.report.history import History
+from gradrank.report.history_reading import read_history
 from gradrank.report.text import as_count, as_float, clean, shorten
 from gradrank.report.view import Measured, Measurement, Planned, Run
 
@@ -111,7 +112,7 @@ def _read_run(record: RunRecord) -> Run:
     planned = _read_planned(plan)
     budget = as_count(_mapping(plan.get("budget")).get("parameters"))
     costs = {key: entry.d_in + entry.d_out for key, entry in planned.items() if entry.shaped}
-    history = read_history(record, costs, budget)
+    history = read_history(record, costs, budget, as_float(options.get("tolerance")))
     return Run(
         label=shorten(clean(record.name), 32) or "unnamed",
         method=clean(name, 60),

@@ -13,6 +13,7 @@ from gradrank.report.figures_ranks import rank_heat_map, rank_histogram, rank_pr
 from gradrank.report.figures_scores import reliability_gauge, score_against_rank
 from gradrank.report.figures_spectra import eigenvalue_spectra, saturation_sentence, singular_values
 from gradrank.report.figures_training import loss_curves, loss_difference
+from gradrank.report.figures_types import type_means
 from gradrank.report.layout import Layout, arrange
 from gradrank.report.reading import distinct_measurements
 from gradrank.report.sections_time import history_section
@@ -85,6 +86,7 @@ def _capacity(material: Material) -> Section:
         return Section("capacity", title, [Paragraph(text)])
     blocks += _figures(
         budget_bar(runs, layout),
+        type_means(runs, layout),
         rank_histogram(runs),
         rank_heat_map(runs, layout),
         rank_profile(runs, layout),

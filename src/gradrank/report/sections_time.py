@@ -4,14 +4,18 @@ from collections.abc import Callable, Mapping, Sequence
 
 from gradrank.report.blocks import Block, Cell, Gallery, Paragraph, Section, Table, num
 from gradrank.report.figures_courses import effective_courses, rank_courses
+from gradrank.report.figures_gap import completeness
+from gradrank.report.figures_importance import importance_against_rank
 from gradrank.report.figures_moves import budget_course, moved_bars
 from gradrank.report.figures_time import energy_map, rank_map
 from gradrank.report.history import Event
 from gradrank.report.layout import Layout
 from gradrank.report.movement import contradictions, headline
+from gradrank.report.pruned import descent, gap_of, gap_warning, relative, tolerance
 from gradrank.report.text import NOTHING, count, number, percent, plural, seconds
 from gradrank.report.view import Run
 
+_Column = tuple[str, Callable[[Event], Cell | None]]
 # A longer table of decisions starts folded.
 SHORT = 12
 
@@ -35,16 +39,22 @@ def history_section(runs: Sequence[Run], layout: Layout) -> Section:
 
 def _history(run: Run, layout: Layout, suffix: str, named: bool) -> list[Block]:
     lead = f"{run.label}{'' if run.finished else f' ({run.status})'}." if named else ""
-    blocks: list[Block] = [Paragraph(headline(run, layout) + _cost(run), "note", lead)]
+    words = [headline(run, layout), descent(run) if run.falls else "", _cost(run)]
+    blocks: list[Block] = [Paragraph(" ".join(filter(None, words)), "note", lead)]
     odd = contradictions(run.history) if run.history else ""
     if odd:
         blocks.append(Paragraph(odd, "warn"))
+    incomplete = gap_warning(run)
+    if incomplete is not None:
+        blocks.append(incomplete)
     drawn = (
         rank_map(run, layout, suffix),
         energy_map(run, layout, suffix),
         rank_courses(run, layout, suffix),
         budget_course(run, suffix),
         moved_bars(run, suffix),
+        completeness(run, suffix),
+        importance_against_rank(run, layout, suffix),
         effective_courses(run, layout, suffix),
     )
     figures = [figure for figure in drawn if figure is not None]
@@ -68,16 +78,25 @@ def decision_table(run: Run, suffix: str = "") -> Table | None:
     history = run.history
     if history is None or not history.events:
         return None
-    columns: list[tuple[str, Callable[[Event], Cell | None]]] = [
-        ("step", lambda e: num(count(e.step), e.step)),
-        ("parameters in use", lambda e: _whole(e.parameters)),
-        ("budget", lambda e: _whole(e.budget)),
-        ("left over", _slack),
+    moves: list[_Column] = [
         ("parameters moved", lambda e: _whole(e.moved)),
         ("share of the budget", _share),
+    ]
+    if history.only_shrinks:
+        moves = [("parameters taken away", lambda e: _whole(e.taken))]
+    columns: list[_Column] = [
+        ("step", lambda e: num(count(e.step), e.step)),
+        ("parameters in use", lambda e: _whole(e.parameters)),
+        ("allowed" if history.falls else "budget", lambda e: _whole(e.budget)),
+        ("left over", _slack),
+        *moves,
         ("targets changed", lambda e: _whole(e.changed)),
         ("mean effective rank", lambda e: _mean(e.decision.effective_rank)),
         ("mean energy", lambda e: _mean(e.decision.energy)),
+        ("attributed, nats", lambda e: _number(e.decision.attributed)),
+        ("loss change, nats", lambda e: _number(e.decision.loss_change)),
+        ("completeness gap", lambda e: _gap(e, tolerance(run))),
+        ("scoring passes so far", lambda e: _passes(e.decision.passes)),
         ("time", lambda e: _seconds(e.decision.seconds)),
     ]
     filled = []
@@ -99,14 +118,25 @@ def _title(run: Run, rows: int) -> str:
 
 
 def _cost(run: Run) -> str:
-    """Say what all decisions took, and which share of training that is."""
+    """Say what all decisions took, which share of training that is, and what scoring took."""
     spent = [e.decision.seconds for e in (run.history.events if run.history else ())]
     known = [each for each in spent if each is not None]
-    if not known:
-        return ""
-    whole = run.cost.get("train_seconds")
-    share = f", {percent(sum(known) / whole)} of training time" if whole else ""
-    return f" Measuring, deciding and resizing took {seconds(sum(known))} in all{share}."
+    passes = run.history.passes if run.history else None
+    words = []
+    if known:
+        whole = run.cost.get("train_seconds")
+        share = f", {percent(sum(known) / whole)} of training time" if whole else ""
+        what = "Measuring, deciding and resizing" if passes is None else "Deciding and resizing"
+        words.append(f"{what} took {seconds(sum(known))} in all{share}.")
+    if passes == 0:
+        words.append(
+            "Scoring went by the gradients of training itself and took no pass of its own."
+        )
+    elif passes is not None:
+        words.append(
+            f"Scoring took {count(passes)} passes of its own; their time is part of training."
+        )
+    return " ".join(words)
 
 
 def _whole(value: int | None) -> Cell | None:
@@ -134,3 +164,18 @@ def _mean(values: Mapping[str, float]) -> Cell | None:
 
 def _seconds(value: float | None) -> Cell | None:
     return None if value is None else num(seconds(value), value)
+
+
+def _number(value: float | None) -> Cell | None:
+    return None if value is None else num(number(value, 3), value)
+
+
+def _gap(event: Event, bound: float) -> Cell | None:
+    gap = gap_of(event.decision)
+    if gap is None:
+        return None
+    return Cell(relative(gap), gap, numeric=True, flag="large" if gap > bound else "")
+
+
+def _passes(value: float | None) -> Cell | None:
+    return None if value is None else num(count(value), value)

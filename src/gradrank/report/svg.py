@@ -73,6 +73,7 @@ class Figure:
         data: Exactly what was drawn, as plain data.
         width: Natural width in CSS pixels.
         headline: What the figure shows, in one sentence; "" if the caption says it all.
+        tall: Whether there is room for two other figures beside it.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Figure:
     width: int
     _canvas: Canvas = field(repr=False, compare=False)
     headline: str = ""
+    tall: bool = False
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the figure as a file, atomically.
@@ -155,7 +157,13 @@ def canvas(width: float, height: float) -> Canvas:
 
 
 def finish(
-    drawn: Canvas, name: str, title: str, caption: str, data: Mapping[str, Any], headline: str = ""
+    drawn: Canvas,
+    name: str,
+    title: str,
+    caption: str,
+    data: Mapping[str, Any],
+    headline: str = "",
+    tall: bool | None = None,
 ) -> Figure:
     """Turn a canvas into a figure.
 
@@ -166,6 +174,8 @@ def finish(
         caption: Caption.
         data: What was drawn.
         headline: What it shows, in one sentence.
+        tall: Whether there is room for two other figures beside it; None: where it is higher than
+            wide.
 
     Returns:
         The figure.
@@ -174,7 +184,8 @@ def finish(
     raw = _print(drawn, "svg", metadata=metadata).decode("utf-8")
     width = round(drawn.get_figwidth() * 72)
     svg = _embeddable(raw, name, title)
-    return Figure(name, title, caption, svg, data, width, drawn, headline)
+    high = drawn.get_figheight() > drawn.get_figwidth() if tall is None else tall
+    return Figure(name, title, caption, svg, data, width, drawn, headline, high)
 
 
 def _short_box(match: re.Match[str]) -> str:

@@ -28,6 +28,7 @@ def results_table(runs: Sequence[Run]) -> Table:
         (num("perplexity"), lambda run: _metric(run, "perplexity")),
         *((num(name), _metric_column(name)) for name in list(others)[:4]),
         (num("adapter parameters"), lambda run: _number(run.parameters, count(run.parameters))),
+        (num("most in use"), lambda run: _peak(run, runs)),
         (num("slack"), lambda run: _number(run.slack, count(run.slack))),
         (num("targets used"), _targets_used),
         (num("ranks"), _rank_range),
@@ -47,7 +48,7 @@ def cost_table(runs: Sequence[Run]) -> Table | None:
     Returns:
         The table, or None if no cost is known.
     """
-    if not any(run.cost for run in runs):
+    if not any(run.cost or _passes(run) for run in runs):
         return None
     columns: list[_Column] = [
         (num("measuring"), lambda run: _seconds(run, "measure_seconds")),
@@ -56,6 +57,8 @@ def cost_table(runs: Sequence[Run]) -> Table | None:
         (num("whole run"), lambda run: _number(run.total_seconds, seconds(run.total_seconds))),
         (num("measuring, share of the run"), _measuring_share),
         (num("per step"), _per_step),
+        (num("scoring passes"), _passes),
+        (num("scoring passes per step"), _passes_per_step),
         (num("tokens"), lambda run: _count(run, "tokens")),
         (num("peak memory, measuring"), lambda run: _memory(run, "measure_peak_memory_bytes")),
         (num("peak memory, whole run"), lambda run: _memory(run, "peak_memory_bytes")),
@@ -187,6 +190,25 @@ def _measuring_share(run: Run) -> Cell | None:
 def _per_step(run: Run) -> Cell | None:
     spent, steps = run.cost.get("train_seconds"), run.steps
     return num(seconds(spent / steps), spent / steps) if spent is not None and steps else None
+
+
+def _peak(run: Run, runs: Sequence[Run]) -> Cell | None:
+    """The most parameters in use, for all runs as soon as one ends with fewer."""
+    if not any((r.peak or 0) > (r.parameters or r.peak or 0) for r in runs):
+        return None
+    return _number(run.peak, count(run.peak))
+
+
+def _passes(run: Run) -> Cell | None:
+    passes = run.history.passes if run.history else None
+    return _number(passes, count(passes))
+
+
+def _passes_per_step(run: Run) -> Cell | None:
+    passes = run.history.passes if run.history else None
+    if passes is None or not run.steps:
+        return None
+    return num(number(passes / run.steps, 3), passes / run.steps)
 
 
 def _effective(measured: Measurement, name: str) -> int | None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from gradrank.report.blocks import Paragraph
+from gradrank.report.pruned import larger_while_training
 from gradrank.report.text import as_float, clean, count, listed, number, percent, plural, signed
 from gradrank.report.view import BASELINE, Run
 
@@ -53,7 +54,8 @@ def verdict(runs: Sequence[Run]) -> list[Paragraph]:
         return [*result, Paragraph(text, lead="No result.")]
     sentences = _outcomes(compared)
     result.append(Paragraph(" ".join(sentences), lead="What came out."))
-    return [*result, *_limits(compared), *_mismatch(compared)]
+    sizes = [*_mismatch(compared), *larger_while_training(compared)]
+    return [*result, *_limits(compared), *sizes]
 
 
 def _unfinished(runs: Sequence[Run]) -> list[Paragraph]:

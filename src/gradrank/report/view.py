@@ -111,6 +111,18 @@ class Run:
         return as_count(self.record.trainable_parameters.get("final"))
 
     @property
+    def peak(self) -> int | None:
+        """Most adapter parameters in use at any time, as far as record or ranks tell."""
+        told = as_count(self.record.trainable_parameters.get("peak"))
+        seen = self.history.peak if self.history else None
+        return max((p for p in (told, seen, self.parameters) if p is not None), default=None)
+
+    @property
+    def falls(self) -> bool:
+        """Whether training began above the budget and came down to it."""
+        return self.history is not None and self.history.falls
+
+    @property
     def shaped(self) -> bool:
         """Whether ranks are known, and the shape of every target that history added to them."""
         added = self.history.targets if self.history else ()

@@ -1,0 +1,284 @@
+"""How a run looks at gradients for its course, and turns a decision into edits."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gradrank.adapters.edits import Drop, Edit, Grow, Select, Shrink
+from gradrank.adapters.optimizers import inner_optimizer
+from gradrank.adapters.view import lora_sites
+from gradrank.core.errors import OptionError, SurgeryError
+from gradrank.core.targets import Target
+from gradrank.methods.course import Course, Decision, DirectionCourse, SpectrumCourse
+from gradrank.ops.orthogonality import penalty_gradient
+from gradrank.signals.distributed import of_first_process
+from gradrank.signals.layers import find_sites, unwrapped
+from gradrank.signals.path import Branch
+from gradrank.signals.replay import LossFunction
+from gradrank.signals.scoring import scorer_for
+from gradrank.signals.sensitivity import Observation, in_use
+from gradrank.signals.window import Window
+
+
+class Watch(Protocol):
+    """What looks at one run's gradients; it keeps no time of its own."""
+
+    @property
+    def left_out(self) -> int:
+        """Mini-batches that were left out, since their gradients were not finite."""
+        ...
+
+    def before_step(self, step: int) -> None:
+        """Get ready for a step that begins."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Take in a step that ended."""
+        ...
+
+    def decide(self, ranks: Mapping[str, int], allowed: int) -> tuple[Decision, dict[str, Edit]]:
+        """Return the decision that falls due, and the edits that carry it out in all processes."""
+        ...
+
+    def decided(self, decision: Decision) -> None:
+        """The edits of a decision have been made."""
+        ...
+
+    def close(self) -> None:
+        """Remove all hooks; safe to call twice."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a resumed run needs."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state` returned."""
+        ...
+
+
+class SpectrumWatch:
+    """Sketches the gradients of recent mini-batches; ranks move up and down."""
+
+    def __init__(
+        self, model: nn.Module, course: SpectrumCourse, targets: tuple[Target, ...], seed: int
+    ) -> None:
+        self._course, self._targets = course, targets
+        sites = find_sites(model, [target.name for target in targets])
+        window: Any = course.schedule
+        directions = course.grow == "gradient"
+        self._window = Window(sites, course.signal, window.window, seed, directions)
+
+    @property
+    def left_out(self) -> int:
+        """Mini-batches that were left out."""
+        return self._window.dropped
+
+    def before_step(self, step: int) -> None:
+        """Install or remove hooks."""
+        if self._course.schedule.observes(step):
+            self._window.open()
+        else:
+            self._window.close()
+
+    def after_step(self, step: int) -> None:
+        """Close the step's mini-batch."""
+        if self._window.is_open:
+            self._window.end_step(step)
+
+    def decide(self, ranks: Mapping[str, int], allowed: int) -> tuple[Decision, dict[str, Edit]]:
+        """Return new ranks, and edits that shrink or grow to them."""
+        decision = self._course.decide(ranks, self._window.measurement())
+        names = [target.name for target in self._targets]
+        agreed = of_first_process([decision.ranks[name] for name in names])
+        sketches = self._window.directions()
+        edits = {
+            name: self._edit(ranks[name], rank, sketches.get(name))
+            for name, rank in zip(names, agreed, strict=True)
+        }
+        return decision, edits
+
+    def _edit(self, now: int, rank: int, sketch: Tensor | None) -> Edit:
+        return Grow(rank, sketch) if rank > now else Shrink(rank, self._course.shrink)
+
+    def decided(self, decision: Decision) -> None:
+        """Nothing: the window goes on."""
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self._window.close()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the window."""
+        return {f"window/{key}": value for key, value in self._window.state().items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up the window."""
+        prefix = "window/"
+        self._window.restore(
+            {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+        )
+
+
+class DirectionWatch:
+    """Looks at the gradients of the adapter's own elements; directions are taken away.
+
+    It acts inside the optimizer's step, where the gradients are complete and the weights are still
+    those they belong to; a step that a gradient scaler skips is skipped here too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        course: DirectionCourse,
+        adapter: str,
+        seed: int,
+        loss_function: LossFunction | None = None,
+    ) -> None:
+        self._model, self._course, self._adapter = model, course, adapter
+        inner = inner_optimizer(optimizer)
+        if not hasattr(inner, "register_step_pre_hook"):
+            raise SurgeryError(
+                f"a {type(inner).__name__} does not let anybody look at gradients before its step. "
+                "Use an optimizer of torch's kind."
+            )
+        self._scorer = scorer_for(
+            course.sensitivity, unwrapped(model), self._branches, seed, loss_function
+        )
+        self._handles = [
+            inner.register_step_pre_hook(self._before_update),
+            inner.register_step_post_hook(self._after_update),
+        ]
+        self._looking = False
+        self.left_out = 0
+
+    def _branches(self) -> list[Branch]:
+        return [
+            Branch(
+                site.name,
+                site.linear("A"),
+                site.linear("B"),
+                {factor: site.raw(factor) for factor in site.factors},
+                site.rank,
+            )
+            for site in lora_sites(self._model, self._adapter).values()
+        ]
+
+    def before_step(self, step: int) -> None:
+        """Get ready if the step is looked at."""
+        self._looking = self._course.schedule.observes(step)
+        if self._looking:
+            self._scorer.before_step()
+
+    def _before_update(self, *_: Any) -> None:
+        if self._looking:
+            self._take(self._scorer.before_update())
+        if self._course.orthogonality:
+            self._pull_apart()
+
+    def _after_update(self, *_: Any) -> None:
+        if self._looking:
+            self._take(self._scorer.after_update())
+
+    def _take(self, observation: Observation | None) -> None:
+        if observation is not None:
+            self._course.take(observation)
+
+    @torch.no_grad()
+    def _pull_apart(self) -> None:
+        """Add the gradient of the orthogonality penalty to those of P and Q."""
+        weight, whole = self._course.orthogonality, self._course.whole_penalty
+        for branch in self._branches():
+            for factor in "AB":
+                tensor = branch.learned[factor]
+                if tensor.grad is None or not branch.rank:
+                    continue
+                used = in_use(branch, factor, tensor)
+                vectors = used if factor == "A" else used.T
+                pull = penalty_gradient(vectors, whole).mul_(weight)
+                grad = tensor.grad.narrow(0 if factor == "A" else 1, 0, branch.rank)
+                grad.add_((pull if factor == "A" else pull.T).to(grad.dtype))
+
+    def after_step(self, step: int) -> None:
+        """Nothing: everything happens inside the optimizer's step."""
+
+    def decide(self, ranks: Mapping[str, int], allowed: int) -> tuple[Decision, dict[str, Edit]]:
+        """Return which directions stay, and edits that take the others away."""
+        branches = {branch.name: branch for branch in self._branches()}
+        lam = {
+            name: in_use(branch, "lam", branch.learned["lam"])
+            for name, branch in branches.items()
+            if branch.rank
+        }
+        decision = self._course.choose(allowed, lam)
+        keep = decision.keep or {}
+        flags = [int(i in keep[name]) for name, rank in ranks.items() for i in range(rank)]
+        agreed = iter(of_first_process(flags))
+        chosen = {
+            name: tuple(i for i in range(rank) if next(agreed)) for name, rank in ranks.items()
+        }
+        sites = lora_sites(self._model, self._adapter)
+        edits: dict[str, Edit] = {
+            name: Select(kept) if kept or sites[name].masked else Drop()
+            for name, kept in chosen.items()
+            if name in sites and len(kept) < ranks[name]
+        }
+        counts = {name: len(kept) for name, kept in chosen.items()}
+        return Decision(counts, decision.details, decision.facts, chosen), edits
+
+    def decided(self, decision: Decision) -> None:
+        """Forget what was known of the directions that are gone."""
+        self._course.follow(decision.keep or {})
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._scorer.close()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return how many points of the path were drawn."""
+        return {"scorer/index": torch.tensor([self._scorer.index])}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state` returned."""
+        self._scorer.index = int(state["scorer/index"].sum())
+
+
+def watch_for(
+    course: Course,
+    model: nn.Module,
+    optimizer: Any,
+    targets: tuple[Target, ...],
+    adapter: str,
+    seed: int,
+    loss_function: LossFunction | None = None,
+) -> Watch:
+    """Return what looks at gradients for a course.
+
+    Args:
+        course: The course.
+        model: The PEFT model, as it is trained.
+        optimizer: Its optimizer.
+        targets: The targets.
+        adapter: Name of the adapter.
+        seed: Seed of sketches, of points on the path and of new directions.
+        loss_function: ``loss_function(model, batch)``, where the model returns no loss.
+
+    Returns:
+        The watch.
+
+    Raises:
+        OptionError: If the course is of no known kind.
+    """
+    if isinstance(course, DirectionCourse):
+        return DirectionWatch(model, optimizer, course, adapter, seed, loss_function)
+    if isinstance(course, SpectrumCourse):
+        return SpectrumWatch(model, course, targets, seed)
+    raise OptionError(
+        f"a {type(course).__name__} is neither a SpectrumCourse nor a DirectionCourse; see "
+        "gradrank.methods.course."
+    )
