@@ -42,9 +42,7 @@ def on_path(model: Any, batch: dict[str, Tensor], alpha: float) -> tuple[float, 
         loss = loss_of(model, batch)
         found = gradients(loss, made, factors_of(made))
     cut = {
-        b.name: {
-            f: g.narrow(1 if f == "B" else 0, 0, b.rank) for f, g in found[b.name].items()
-        }
+        b.name: {f: g.narrow(1 if f == "B" else 0, 0, b.rank) for f, g in found[b.name].items()}
         for b in made
     }
     return float(loss.detach()), cut
@@ -243,7 +241,7 @@ def test_under_dropout_the_same_units_fall_out(alpha: float) -> None:
     torch.manual_seed(3)
     # At the start of the path the copy is taken a hair behind it.
     want = scaled_copy(model, batch, alpha or 1e-6)
-    assert close(found, want, rtol=1e-3, atol=1e-6) if not alpha else close(found, want)
+    assert close(found, want, **({} if alpha else {"rtol": 1e-3, "atol": 5e-5}))
     torch.manual_seed(4)
     assert not close(on_path(model, batch, alpha)[1], want, rtol=1e-2, atol=1e-5)
 
@@ -260,13 +258,19 @@ def test_under_gradient_checkpointing_they_are_the_same(name: str) -> None:
     assert close(saved, plain, rtol=1e-12, atol=1e-15)
 
 
-def test_reentrant_checkpointing_is_refused_with_the_remedy() -> None:
-    model, _ = of_case("llama", double=False)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj", "lm_head"]])
+def test_reentrant_checkpointing_is_refused_with_the_remedy(targets: Any) -> None:
+    """Parameters inside a checkpoint are no part of the graph: none may count as unused."""
+    model, _ = of_case("llama", double=False, target_modules=targets)
     model.enable_input_require_grads()
     model.base_model.model.activation_checkpointing_enable({"use_reentrant": True})
     batch = batches(CASES["llama"], 1)[0]
     with pytest.raises(MeasurementError, match="'use_reentrant': False"):
         on_path(model, batch, 0.5)
+
+
+def whole(found: Found) -> Tensor:
+    return torch.cat([g.reshape(-1) for factors in found.values() for g in factors.values()])
 
 
 def test_under_autocast_they_are_those_of_float32_up_to_rounding() -> None:
@@ -275,17 +279,12 @@ def test_under_autocast_they_are_those_of_float32_up_to_rounding() -> None:
     _, want = on_path(model, batch, 0.5)
     with torch.autocast("cpu", torch.bfloat16):
         _, found = on_path(model, batch, 0.5)
-    _, start = on_path(model, batch, 0.0)
-    for name, factors in want.items():
-        for factor, grad in factors.items():
-            got = found[name][factor]
-            assert got.dtype == torch.float32
-            near = float((got - grad).norm() / grad.norm())
-            assert near < 0.06, (name, factor, near)
-    moved = [
-        float((start[n][f] - want[n][f]).norm() / want[n][f].norm()) for n in want for f in want[n]
-    ]
-    assert max(moved) > 0.2, "another point of the path is farther away than the rounding"
+    _, elsewhere = on_path(model, batch, 0.0)
+    right = whole(want)
+    rounding = float((whole(found) - right).norm() / right.norm())
+    moved = float((whole(elsewhere) - right).norm() / right.norm())
+    assert 0 < rounding < 0.15
+    assert moved > 3 * rounding, "another point of the path is farther away than the rounding"
 
 
 # --- what it leaves behind -----------------------------------------------------------------------

@@ -16,6 +16,8 @@ from gradrank.report.view import Run, final
 MAX_TYPES = 24
 _WIDTH, _NOTE, _FOOT = 500, 108, 44
 _LINE = 15
+# From this height on there is room for two other figures beside it.
+_TALL = 150
 
 
 @look()
@@ -73,7 +75,7 @@ def type_means(runs: Sequence[Run], layout: Layout) -> Figure | None:
     if len(rows) > len(shown):
         caption += f" The first {count(MAX_TYPES)} module types are drawn."
     title = "Mean rank by module type" + (", start and end" if final(runs) else "")
-    return finish(drawn, "rank-by-type", title, caption, data, _headline(every, data), True)
+    return finish(drawn, "rank-by-type", title, caption, data, _headline(every, data), tall > _TALL)
 
 
 def _means(allocation: Allocation, layout: Layout) -> dict[str, dict[str, Any]]:
@@ -96,9 +98,9 @@ def _course(
 ) -> None:
     """Draw one type of one run: a line from its start to its end, and what it ended with."""
     mark, end = allocation.mark, entry["end"]
-    start = entry.get("start", 0.0)
-    ax.plot([start, end], [y, y], color=mark.color, linewidth=2.4, solid_capstyle="butt")
     if "start" in entry:
+        start = entry["start"]
+        ax.plot([start, end], [y, y], color=mark.color, linewidth=2.4, solid_capstyle="butt")
         style = {"markerfacecolor": "white", "markeredgecolor": mark.color, "markeredgewidth": 1.6}
         ax.plot(start, y, marker="o", markersize=7, clip_on=False, **style)
     ax.plot(end, y, marker=mark.marker, markersize=8, color=mark.color, clip_on=False)
@@ -112,7 +114,14 @@ def _course(
 
 def _legend(every: Sequence[Allocation], moved: bool) -> tuple[list[Any], list[str]]:
     handles = [
-        Line2D([], [], color=a.mark.color, marker=a.mark.marker, markersize=8, linewidth=2.4)
+        Line2D(
+            [],
+            [],
+            color=a.mark.color,
+            marker=a.mark.marker,
+            markersize=8,
+            linewidth=2.4 if a.start is not None else 0,
+        )
         for a in every
     ]
     labels = [safe(a.label, 26) for a in every]
@@ -130,9 +139,8 @@ def _headline(every: Sequence[Allocation], data: Mapping[str, Mapping[str, Any]]
         top, low = max(ends, key=ends.__getitem__), min(ends, key=ends.__getitem__)
         if ends[top] == ends[low]:
             continue
-        verb = "ends with" if allocation.start is not None else "has"
         parts.append(
-            f"{allocation.label} {verb} mean rank {number(ends[top], 3)} in {top} (the most) and "
-            f"{number(ends[low], 3)} in {low} (the least)"
+            f"{allocation.label}: most in {top} (mean rank {number(ends[top], 3)}), least in {low} "
+            f"({number(ends[low], 3)})"
         )
     return f"{'; '.join(parts[:3])}." if parts else "All module types have the same mean rank."

@@ -74,18 +74,17 @@ def larger_while_training(runs: Sequence[Run]) -> list[Paragraph]:
     Returns:
         At most one paragraph.
     """
-    above = [r for r in runs if r.falls and (r.peak or 0) > _SAME * (r.parameters or r.peak or 0)]
+    above = [r for r in runs if r.falls and r.parameters and _SAME * r.parameters < (r.peak or 0)]
     if not above or len(above) == len(runs):
         return []
     who = []
     for run in above:
         settled = run.history.settled if run.history else None
-        until = f" until step {count(settled)}" if settled else ""
-        times = number((run.peak or 0) / run.parameters, 3) if run.parameters else ""
-        share = f", {times} times its final size" if times else ""
-        who.append(f"{run.label} (up to {count(run.peak)} parameters{share}{until})")
+        times = f"{number((run.peak or 0) / (run.parameters or 1), 3)} times its final size"
+        down = f", pruned down to it by step {count(settled)}" if settled else ""
+        who.append(f"{run.label} used up to {count(run.peak)} parameters ({times}{down})")
     text = (
-        f"{listed(who)}. Only final sizes are matched here, so part of any difference may come "
+        f"{'; '.join(who)}. Only final sizes are matched here, so part of any difference may come "
         "from what was in use before."
     )
     return [Paragraph(text, "note", "Larger while training:")]

@@ -29,7 +29,7 @@ def results_table(runs: Sequence[Run]) -> Table:
         *((num(name), _metric_column(name)) for name in list(others)[:4]),
         (num("adapter parameters"), lambda run: _number(run.parameters, count(run.parameters))),
         (num("most in use"), lambda run: _peak(run, runs)),
-        (num("slack"), lambda run: _number(run.slack, count(run.slack))),
+        (num("slack"), lambda run: _number(run.slack, count(run.slack).replace("-", "−"))),
         (num("targets used"), _targets_used),
         (num("ranks"), _rank_range),
         (num("steps"), lambda run: _number(run.steps, count(run.steps))),

@@ -1,0 +1,190 @@
+"""What the study finds about rankings of directions: how steady they are, and how right."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradrank.allocation import keep_directions
+from gradrank.lab.path_collect import Measured
+from gradrank.lab.path_scores import FORMS, Pool, estimators, split_half, spread
+from gradrank.ops.agreement import spearman
+
+# Rankings whose lower half is really taken out: estimator (by its first word) and form.
+_PRUNED = (
+    ("unbiased drawn", "ratio"),
+    ("unbiased drawn", "ratio, signed"),
+    ("stochastic", "ratio"),
+    ("grid", "ratio"),
+    ("as-code", "ratio, λ by its own ratio"),
+    ("instantaneous", "product"),
+    ("unbiased drawn", "product"),
+    ("unbiased drawn", "mean"),
+    ("unbiased drawn", "attribution"),
+    ("grid", "attribution"),
+    ("midpoint", "attribution"),
+    ("instantaneous", "attribution"),
+)
+_AT_BEST = ("ratio", "ratio, signed", "product", "mean", "attribution")
+
+
+def rankings(
+    measured: Measured, pool: Pool, splits: int = 20, segments: int = 20
+) -> dict[str, Any]:
+    """Return split-half reliability at equal cost and at equal mini-batches, and agreements.
+
+    Args:
+        measured: The measurements.
+        pool: Gradients of the pool.
+        splits: Random splits at equal cost; at equal mini-batches it is less than half as many.
+        segments: N of the estimators that draw points.
+
+    Returns:
+        ``equal_cost`` and ``equal_looks`` by estimator and form; how much of each form is |λ|;
+        and the agreement of scores from the whole pool with single removals.
+    """
+    nodes, count = measured.nodes, len(pool.grads)
+    *compared, fine = estimators(nodes, segments)
+    everything = list(range(count))
+    best = pool.scores(fine, everything, 0)
+    removal, noise = removed_one_by_one(measured)
+    references = {
+        "fine": best,
+        "fine mean": dict.fromkeys(FORMS, best["mean"]),
+        "removal": dict.fromkeys(FORMS, removal),
+    }
+    cost = split_half(pool, compared, splits, count // 2, references)
+    looks = split_half(pool, [*compared, fine], max(2, 2 * splits // 5), None, references)
+    lam = _lam(pool)
+    at = ~torch.isnan(removal)
+    whole = {
+        estimator.name: {
+            form: spearman(value[at], removal[at])
+            for form, value in pool.scores(estimator, everything, 0).items()
+        }
+        for estimator in (*compared, fine)
+    }
+    return {
+        "gradients": count // 2,
+        "splits": splits,
+        "equal_cost": _summary(cost),
+        "equal_looks": _summary(looks),
+        "agreement with |λ|": {form: spearman(best[form], lam) for form in FORMS},
+        "removal": {
+            "directions": int(at.sum()),
+            "reliability": noise,
+            "|λ|": spearman(lam[at], removal[at]),
+            "whole pool": whole,
+            "loss": removal[at].tolist(),
+            "attribution": best["attribution"][at].tolist(),
+        },
+    }
+
+
+def removed_one_by_one(measured: Measured) -> tuple[Tensor, float]:
+    """Return the loss that taking out each chosen direction costs, and how reliable that is.
+
+    Args:
+        measured: The measurements.
+
+    Returns:
+        ``[directions]`` of the stored targets, NaN where none was taken out; and Spearman's
+        correlation of the two halves of the held-out mini-batches.
+    """
+    layout = measured.rig.layout
+    chosen, found = measured.ablated()
+    start, places = 0, {}
+    for target in layout.targets:
+        places[target.name] = start
+        start += layout.ranks[target.name]
+    costs = found["losses"] - found["whole"]
+    removal = torch.full((start,), float("nan"), dtype=torch.float64)
+    for (name, index), cost in zip(chosen, costs.mean(1), strict=True):
+        removal[places[name] + index] = cost
+    return removal, spearman(costs[:, 0::2].mean(1), costs[:, 1::2].mean(1))
+
+
+def pruned(measured: Measured, pool: Pool, segments: int = 20, draws: int = 2) -> dict[str, Any]:
+    """Return held-out losses after half the stored parameters are taken out by various rankings.
+
+    Nothing is trained afterwards. Each ranking had the gradients of one half of the pool, but for
+    those of the fine integral, which had all of it.
+
+    Args:
+        measured: The measurements.
+        pool: Gradients of the pool.
+        segments: N of the estimators that draw points.
+        draws: Halves per ranking.
+    """
+    count, layout = len(pool.grads), measured.rig.layout
+    *compared, fine = estimators(measured.nodes, segments)
+    best = pool.scores(fine, list(range(count)), 0)
+    rows: dict[str, list[float]] = {
+        "nothing removed": [measured.pruned("nothing", {})],
+        "|λ|": [_half(measured, "|λ|", _lam(pool))],
+    }
+    rows |= {f"fine, {form}": [_half(measured, form, best[form])] for form in _AT_BEST}
+    everything = {target.name: list(range(layout.ranks[target.name])) for target in layout.targets}
+    rows["all stored removed"] = [measured.pruned("everything", everything)]
+    generator = torch.Generator().manual_seed(measured.settings.seed)
+    orders = [torch.randperm(count, generator=generator).tolist() for _ in range(draws)]
+    rows["random"] = [
+        _half(measured, "random", torch.rand(len(best["mean"]), generator=generator))
+        for _ in range(3)
+    ]
+    for first, form in _PRUNED:
+        estimator = next(e for e in compared if e.name.startswith(first))
+        looks = max(1, count // 2 // estimator.cost)
+        rows[f"{estimator.name}, {form}"] = [
+            _half(measured, form, pool.scores(estimator, order[:looks], seed)[form])
+            for seed, order in enumerate(orders)
+        ]
+    return rows
+
+
+def _half(measured: Measured, form: str, scores: Tensor) -> float:
+    """The loss once directions are kept by score for half the stored parameters."""
+    layout = measured.rig.layout
+    split = scores.split([layout.ranks[target.name] for target in layout.targets])
+    by_cost = form == "attribution"
+    listed = {
+        target.name: (part / target.cost if by_cost else part).tolist()
+        for target, part in zip(layout.targets, split, strict=True)
+    }
+    budget = sum(layout.ranks[target.name] * target.cost for target in layout.targets) // 2
+    kept = keep_directions(layout.targets, listed, budget)
+    removed = {
+        target.name: [i for i in range(layout.ranks[target.name]) if i not in kept[target.name]]
+        for target in layout.targets
+    }
+    return measured.pruned(form, {name: found for name, found in removed.items() if found})
+
+
+def _lam(pool: Pool) -> Tensor:
+    found = pool.layout.split(pool.weights)
+    return torch.cat([found[target.name]["lam"].abs() for target in pool.layout.targets])
+
+
+def _summary(
+    found: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    return {
+        name: {
+            form: {key: spread(values) for key, values in row.items()}
+            for form, row in table.items()
+        }
+        for name, table in found.items()
+    }
+
+
+def pool_of(measured: Measured) -> tuple[Pool, Tensor, Tensor]:
+    """Return the pool's gradients, those of all λ ``[batches, nodes, directions]``, and all λ.
+
+    Args:
+        measured: The measurements.
+    """
+    found = [measured.at_nodes(index) for index in range(measured.size.pool)]
+    flat, lam = measured.rig.flat_weights()
+    grads = torch.stack([each["grads"] for each in found])
+    return Pool(measured.rig.layout, grads, flat), torch.stack([e["lam"] for e in found]), lam
