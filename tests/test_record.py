@@ -22,6 +22,18 @@ A_DECISION: dict[str, Any] = {
 }
 
 
+A_PRUNING: dict[str, Any] = {
+    "step": 60,
+    "parameters": 96,
+    "budget": 100,
+    "importance": {"a": -2.5, "b": 0.0},
+    "passes": 12.0,
+    "attributed": -0.25,
+    "loss_change": 0.125,
+    "gap": 1e6,
+}
+
+
 def a_record(**fields: Any) -> gr.RunRecord:
     return gr.RunRecord(
         **{
@@ -96,11 +108,11 @@ def test_defaults_make_a_whole_record() -> None:
         ({"ranks_over_time": {"a": 1}}, "'ranks_over_time'"),
         ({"decisions": None}, "'decisions' must be a list"),
         ({"decisions": {"step": 1}}, "'decisions' must be a list"),
-        ({"decisions": [3]}, "'decisions' must hold objects"),
-        ({"decisions": [[5, {"a": 1}]]}, "'decisions' must hold objects"),
+        ({"decisions": [3]}, "'decisions', entry 1: it must be an object with a step, and is 3"),
+        ({"decisions": [[5, {"a": 1}]]}, "'decisions', entry 1: it must be an object"),
         ({"decisions": [{"parameters": 1}]}, "'decisions'.*with a step"),
         ({"decisions": [{"step": None}]}, "'decisions'.*with a step"),
-        ({"decisions": [A_DECISION, {"step": -1}]}, "'decisions'"),
+        ({"decisions": [A_DECISION, {"step": -1}]}, "entry 2: 'step' must be.*, and is -1"),
         ({"decisions": [{"step": 1.5}]}, "'decisions'"),
         ({"decisions": [{"step": True}]}, "'decisions'"),
         ({"decisions": [{"step": 1, "moved": "much"}]}, "'decisions'.*moved"),
@@ -109,6 +121,20 @@ def test_defaults_make_a_whole_record() -> None:
         ({"decisions": [{"step": 1, "energy": None}]}, "'decisions'.*energy"),
         ({"decisions": [{"step": 1, "smoothed": {"a": "x"}}]}, "'decisions'.*smoothed"),
         ({"decisions": [{"step": 1, "effective_rank": {"a": [1]}}]}, "'decisions'"),
+        ({"decisions": [{"step": 1, "energy": {"a": math.nan}}]}, "'energy' of 'a'.*is nan"),
+        ({"decisions": [{"step": 1, "importance": [2.0]}]}, "'importance' must be an object"),
+        ({"decisions": [{"step": 1, "importance": {"a": True}}]}, "'importance' of 'a'.*is True"),
+        ({"decisions": [{"step": 1, "importance": {"a": math.nan}}]}, "'a' must be a finite"),
+        ({"decisions": [{"step": 1, "importance": {"a": -math.inf}}]}, "and is -inf"),
+        (
+            {"decisions": [{"step": 1, "gap": -0.1}]},
+            "'gap'.*finite number of at least 0, and is -0",
+        ),
+        ({"decisions": [{"step": 1, "gap": math.nan}]}, "'gap' must be a finite .*, and is nan"),
+        ({"decisions": [{"step": 1, "gap": "none"}]}, "'gap' must be a finite"),
+        ({"decisions": [{"step": 1, "passes": -1}]}, "'passes' must be a finite.*at least 0"),
+        ({"decisions": [{"step": 1, "attributed": math.inf}]}, "'attributed' must be a finite"),
+        ({"decisions": [{"step": 1, "loss_change": "x" * 900}]}, "'loss_change'.*\\.\\.\\.\\.$"),
     ],
 )
 def test_a_malformed_record_names_its_fault(change: dict[str, Any], says: str) -> None:
@@ -118,7 +144,8 @@ def test_a_malformed_record_names_its_fault(change: dict[str, Any], says: str) -
 
 
 def test_decisions_survive_their_file(tmp_path: Path) -> None:
-    record = a_record(decisions=[A_DECISION, {"step": 100}])
+    ranks = [[0, {"a": 2, "b": 4}], [60, {"a": 2, "b": 0}]]
+    record = a_record(decisions=[A_DECISION, A_PRUNING, {"step": 100}], ranks_over_time=ranks)
     record.save(tmp_path / "r.json")
     assert gr.RunRecord.load(tmp_path / "r.json") == record
 
@@ -132,9 +159,13 @@ def test_a_record_from_before_there_were_decisions_still_loads() -> None:
 
 def test_a_decision_may_hold_what_json_lacks_and_what_a_later_version_adds(tmp_path: Path) -> None:
     odd = {**A_DECISION, "seconds": math.nan, "energy": {"a": math.inf}, "added_later": [1]}
-    a_record(decisions=[odd]).save(tmp_path / "r.json")
-    (read,) = gr.RunRecord.load(tmp_path / "r.json").decisions
-    assert read == {**A_DECISION, "seconds": None, "energy": {"a": None}, "added_later": [1]}
+    gone = {**A_PRUNING, "gap": math.nan, "importance": {"a": math.nan}}
+    a_record(decisions=[odd, gone]).save(tmp_path / "r.json")
+    read = gr.RunRecord.load(tmp_path / "r.json").decisions
+    assert read == [
+        {**A_DECISION, "seconds": None, "energy": {"a": None}, "added_later": [1]},
+        {**A_PRUNING, "gap": None, "importance": {"a": None}},
+    ]
 
 
 @pytest.mark.parametrize("missing", ["name", "kind", "schema"])

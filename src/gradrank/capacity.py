@@ -202,7 +202,8 @@ class CapacityRun:
             )
         course, last = self.course, step == self.course.schedule.decisions[-1]
         if last and isinstance(course, DirectionCourse) and course.restarts:
-            restart(self._model, self._optimizer, self._adapter, seed_of(self._seed, "restart"))
+            seed = seed_of(self._seed, "restart")
+            restart(self._model, self._optimizer, self._adapter, seed, course.init)
         self._note(step, decision, report, allowed, time.perf_counter() - started)
         return report
 

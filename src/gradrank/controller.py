@@ -269,7 +269,7 @@ def reserve(
     course = _course(model, dynamic_method(method, options), budget, adapter)
     if isinstance(course, DirectionCourse):
         keeps = is_distributed() if fixed is None else fixed
-        start_svd(model, course.ceilings, adapter, seed, keeps)
+        start_svd(model, course.ceilings, adapter, seed, keeps, course.init)
     else:
         reserve_ranks(model, course.ceilings, adapter)
 

@@ -12,6 +12,7 @@ from gradrank.adapters.view import lora_sites
 from gradrank.core.errors import OptionError, SurgeryError
 from gradrank.core.targets import Target
 from gradrank.methods.course import Course, Decision, DirectionCourse, SpectrumCourse
+from gradrank.ops.many import many
 from gradrank.ops.orthogonality import penalty_gradient
 from gradrank.signals.distributed import of_first_process
 from gradrank.signals.layers import find_sites, unwrapped
@@ -139,6 +140,7 @@ class DirectionWatch:
         loss_function: LossFunction | None = None,
     ) -> None:
         self._model, self._course, self._adapter = model, course, adapter
+        self._found: list[Branch] | None = None
         inner = inner_optimizer(optimizer)
         if not hasattr(inner, "register_step_pre_hook"):
             raise SurgeryError(
@@ -156,6 +158,12 @@ class DirectionWatch:
         self.left_out = 0
 
     def _branches(self) -> list[Branch]:
+        """The adapters as they are now; found anew only after surgery."""
+        if self._found is None:
+            self._found = self._find()
+        return self._found
+
+    def _find(self) -> list[Branch]:
         return [
             Branch(
                 site.name,
@@ -191,16 +199,20 @@ class DirectionWatch:
     def _pull_apart(self) -> None:
         """Add the gradient of the orthogonality penalty to those of P and Q."""
         weight, whole = self._course.orthogonality, self._course.whole_penalty
+        alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for branch in self._branches():
-            for factor in "AB":
+            for factor in ("A", "B") if branch.rank else ():
                 tensor = branch.learned[factor]
-                if tensor.grad is None or not branch.rank:
-                    continue
-                used = in_use(branch, factor, tensor)
-                vectors = used if factor == "A" else used.T
-                pull = penalty_gradient(vectors, whole).mul_(weight)
-                grad = tensor.grad.narrow(0 if factor == "A" else 1, 0, branch.rank)
-                grad.add_((pull if factor == "A" else pull.T).to(grad.dtype))
+                if tensor.grad is not None:
+                    used = in_use(branch, factor, tensor)
+                    grad = tensor.grad.narrow(int(factor == "B"), 0, branch.rank)
+                    pair = (used, grad) if factor == "A" else (used.mT, grad.mT)
+                    alike.setdefault((pair[0].shape, grad.dtype, grad.device), []).append(pair)
+        # Equal shapes together: a few large products, and not two small ones per factor.
+        for pairs in alike.values():
+            pull = penalty_gradient(torch.stack([used for used, _ in pairs]), whole).mul_(weight)
+            grads = [grad for _, grad in pairs]
+            many._foreach_add_(grads, list(pull.to(grads[0].dtype).unbind()))
 
     def after_step(self, step: int) -> None:
         """Nothing: everything happens inside the optimizer's step."""
@@ -232,6 +244,7 @@ class DirectionWatch:
     def decided(self, decision: Decision) -> None:
         """Forget what was known of the directions that are gone."""
         self._course.follow(decision.keep or {})
+        self._found = None
 
     def close(self) -> None:
         """Remove all hooks."""
@@ -246,6 +259,7 @@ class DirectionWatch:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`state` returned."""
         self._scorer.index = int(state["scorer/index"].sum())
+        self._found = None
 
 
 def watch_for(

@@ -88,7 +88,8 @@ def alone() -> Found:
     model = build()
     optimizer = adamw(model)
     run = gr.Controller(model, optimizer, METHOD, BUDGET, STEPS).run
-    window = run._window
+    watch: Any = run._watch
+    window = watch._window
     window._rows = type(window._rows)(maxlen=2 * METHOD.window)
     for step in range(1, STEPS + 1):
         for process in range(WORLD):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -27,8 +28,8 @@ def tiny(told=True, entries=STEPS, budget=32, extra=(), **changes):
     """
     decisions = []
     if told:
-        for (_, before), (step, after) in zip(entries, entries[1:], strict=False):
-            allowed = price(after) + 1 if after != entries[-1][1] else budget
+        for (_, before), (step, after) in pairwise(entries):
+            allowed = price(after) + 1 if price(after) > budget else budget
             changed = sum(before[name] != after[name] for name in before)
             decisions.append(decision(step, price(after), allowed, 0, changed))
     for entry, more in zip(decisions, extra, strict=False):

@@ -87,7 +87,7 @@ def test_headings_descend_one_level_at_a_time(demo):
 def test_every_figure_has_heading_caption_and_text_alternative(demo):
     page = Page(demo)
     drawn = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(drawn) == 13
+    assert len(drawn) == 14
     assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in drawn)
     assert sum(tag == "figcaption" for tag, _ in page.tags) == len(drawn)
     assert demo.count("<title>") == len(drawn) + 1

@@ -28,6 +28,7 @@ def start_svd(
     adapter: str | None = None,
     seed: int = 0,
     fixed: bool = False,
+    init: str = "svd",
 ) -> dict[str, int]:
     """Widen LoRA layers to the ranks they start from, and give them the SVD form.
 
@@ -43,6 +44,8 @@ def start_svd(
         seed: Seed of random directions; every target has its own.
         fixed: Whether shapes stay from now on, as DistributedDataParallel needs; otherwise
             components are removed for real, in one process.
+        init: ``svd`` (orthonormal P and Q; λ, the singular values, is zero in a new adapter) or
+            ``keep`` (P = B, Q = A and λ = 1); see :func:`gradrank.adapters.forms.attach_svd`.
 
     Returns:
         Rank by target name. Layers that have more components than ``min(d_in, d_out)`` keep their
@@ -72,23 +75,31 @@ def start_svd(
         operate(rollback, model, sites, grown, None, seed)
         for name, site in sites.items():
             rollback.push(functools.partial(_undo_form, site, _copies(site)))
-            init = "keep" if site.rank > most[name] else "svd"
-            attach_svd(site.layer, adapter, init, seed_of(seed, "svd", name), fixed)
+            chosen = "keep" if site.rank > most[name] else init
+            attach_svd(site.layer, adapter, chosen, seed_of(seed, "svd", name), fixed)
         sync_config(model, adapter)
     return {name: site.rank for name, site in sites.items()}
 
 
 @torch.no_grad()
-def restart(model: nn.Module, optimizer: Any, adapter: str | None = None, seed: int = 0) -> None:
+def restart(
+    model: nn.Module,
+    optimizer: Any,
+    adapter: str | None = None,
+    seed: int = 0,
+    init: str = "svd",
+) -> None:
     """Begin afresh with the components in use: a zero update, and no memory in the optimizer.
 
-    P and Q become random and orthonormal, lam zero. The parameters stay the same objects.
+    P and Q become random and orthonormal and lam zero, or, with ``keep``, Q random with rows as
+    long as those of a new LoRA factor, P zero and lam one. The parameters stay the same objects.
 
     Args:
         model: The PEFT model, with layers in the SVD form; others are left alone.
         optimizer: Its optimizer; None if there is none yet.
         adapter: Name of the adapter, if several are active.
         seed: Seed of P and Q; every target has its own, equal in all processes.
+        init: ``svd`` or ``keep``.
 
     Raises:
         SurgeryError: If no layer has the SVD form, or an edit of them would be refused; or what
@@ -104,7 +115,9 @@ def restart(model: nn.Module, optimizer: Any, adapter: str | None = None, seed: 
     check(sites, {n: Select(tuple(range(s.rank))) for n, s in sites.items()}, optimizer, {}, model)
     inner = None if optimizer is None else inner_optimizer(optimizer)
     store = store_for(inner)
-    incisions = [_afresh(site, seed_of(seed, "restart", name)) for name, site in sites.items()]
+    incisions = [
+        _afresh(site, seed_of(seed, "restart", name), init) for name, site in sites.items()
+    ]
     agree(incisions)
     with Rollback() as rollback:
         change = FixedShape(rollback, store)
@@ -112,13 +125,16 @@ def restart(model: nn.Module, optimizer: Any, adapter: str | None = None, seed: 
             change.apply(incision)
 
 
-def _afresh(site: LoraSite, seed: int) -> Incision:
+def _afresh(site: LoraSite, seed: int, init: str) -> Incision:
     raw, rank = site.learned(), site.rank
-    values = {
-        "A": orthonormal_rows(rank, raw["A"], seed_of(seed, "Q")),
-        "B": orthonormal_rows(rank, raw["B"].T, seed_of(seed, "P")).T,
-        "lam": raw["lam"].new_zeros(rank),
-    }
+    rows = orthonormal_rows(rank, raw["A"], seed_of(seed, "Q"))
+    if init == "keep":
+        # PEFT draws A uniformly from +-1/sqrt(d_in), so that its rows are this long on average.
+        zeros = raw["B"].new_zeros(raw["B"].shape[0], rank)
+        values = {"A": rows * 3**-0.5, "B": zeros, "lam": raw["lam"].new_ones(rank)}
+    else:
+        columns = orthonormal_rows(rank, raw["B"].T, seed_of(seed, "P")).T
+        values = {"A": rows, "B": columns, "lam": raw["lam"].new_zeros(rank)}
     return Incision(site, rank, values)
 
 

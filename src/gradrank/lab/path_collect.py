@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,10 @@ class StudySize:
         later_pool: Mini-batches measured there.
         ablations: Directions that are taken out one at a time.
         held_out: Mini-batches on which the loss is taken then.
+        splits: Random splits of the pool into halves.
+        repeats: Repetitions of simulated errors, in each of ten blocks.
+        looks: The M at which errors are simulated.
+        budgets: Numbers of gradients at which estimators are compared.
     """
 
     pool: int = 20
@@ -42,11 +47,15 @@ class StudySize:
     later_pool: int = 5
     ablations: int = 64
     held_out: int = 4
+    splits: int = 20
+    repeats: int = 20
+    looks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    budgets: tuple[int, ...] = (10, 30, 100, 300, 1000)
 
 
 QUICK = (
     PathSettings("tiny-llama", "tiny-lm", rank=2, steps=12, length=16, every=1),
-    StudySize(6, 9, 1, 16, 8, 4, 2, 6, 2),
+    StudySize(6, 9, 1, 16, 8, 4, 2, 6, 2, 3, 3, (1, 4, 16), (10, 60)),
 )
 
 
@@ -106,7 +115,7 @@ class Measured:
         self._kept = Kept(folder, settings)
         self.rig = Rig(settings)
         self.nodes = chebyshev_points(size.nodes)
-        self.start = float(self.rig.losses_without({}, self.rig.held_out(size.held_out)).mean())
+        self._start = self._kept.get(f"before{size.held_out}", self._held_out_losses)
         self._first = self._kept.get("weights", lambda: self._train(settings.steps, 0))
         self.rig.load(self._first)
 
@@ -114,6 +123,20 @@ class Measured:
         self._say(f"training steps {start} to {start + steps}")
         losses = self.rig.train(steps, start)
         return self.rig.weights() | {"losses": torch.tensor(losses)}
+
+    def _held_out_losses(self) -> dict[str, Tensor]:
+        return {"losses": self.rig.losses_without({}, self.rig.held_out(self.size.held_out))}
+
+    def losses(self) -> dict[str, Any]:
+        """Return held-out losses before and after training, and those of training."""
+        size = self.size.held_out
+        after = self._kept.get(f"after{size}", self._held_out_losses)
+        return {
+            "before": float(self._start["losses"].mean()),
+            "after": float(after["losses"].mean()),
+            "training": self._first["losses"].tolist(),
+            "size of λ": float(self.rig.flat_weights()[1].abs().mean()),
+        }
 
     def at_nodes(self, index: int) -> dict[str, Tensor]:
         """Return one mini-batch of the pool at the nodes; see :meth:`Rig.gradients_at`.

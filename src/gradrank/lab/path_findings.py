@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradrank.lab import path_study
 from gradrank.lab.path_collect import Measured
-from gradrank.lab.path_measure import Layout
+from gradrank.lab.path_layout import Layout
 from gradrank.lab.path_study import Slope, exact_weights, gauss_legendre, interpolation, weights_of
 from gradrank.ops import quadrature
 from gradrank.signals.path import FACTORS

@@ -1,5 +1,6 @@
 """What the study finds about noise, bias and cost of the estimators, as plain data."""
 
+import functools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradrank.lab import path_study
-from gradrank.lab.path_measure import Layout
+from gradrank.lab.path_layout import Layout
 from gradrank.lab.path_study import exact_weights, gauss_legendre, weights_of
 from gradrank.ops import quadrature
 from gradrank.ops.agreement import spearman
@@ -18,6 +19,7 @@ from gradrank.signals.sensitivity import PathGradient
 
 _BLOCKS = 10
 _T_OF_NINE = 2.262  # two-sided 95 %, ten blocks
+_RUNS = 40  # different runs of stratified draws
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,19 @@ def all_draws(nodes: Sequence[float], segments: int) -> dict[str, Draws]:
         even = torch.full((n - 1,), 1 / (n - 1), dtype=torch.float64)
         return Draws(3, rows, even, PathGradient(name, n, "always"))
 
-    one = [quadrature.Rule((k / n,), (1.0,)) for k in range(n + 1)]
-    ends = torch.tensor(quadrature.trapezoid(n).weights, dtype=torch.float64)
-    rows = torch.stack([weights_of(rule, nodes) for rule in one])
-    found = {f"grid N={k}": fixed(quadrature.trapezoid(k)) for k in (1, 2, 4, 8, 20)}
+    def drawn(segments: int) -> Draws:
+        whole = quadrature.trapezoid(segments)
+        rows = [weights_of(quadrature.Rule((point,), (1.0,)), nodes) for point in whole.points]
+        chances = torch.tensor(whole.weights, dtype=torch.float64)
+        return Draws(1, torch.stack(rows), chances, PathGradient("unbiased", segments, "drawn"))
+
+    found = {f"grid N={k}": fixed(quadrature.trapezoid(k)) for k in (1, 2, 4, 8)}
     found["midpoint"] = fixed(gauss_legendre(1))
     found["Gauss 2"] = fixed(gauss_legendre(2))
     found["instantaneous"] = fixed(quadrature.Rule((1.0,), (1.0,)))
     found[f"stochastic N={n}"] = interior(quadrature.as_printed, n / 2, "stochastic")
     found[f"unbiased always N={n}"] = interior(quadrature.with_interior_weighted, 1.0, "unbiased")
-    found[f"unbiased drawn N={n}"] = Draws(1, rows, ends, PathGradient("unbiased", n, "drawn"))
+    found |= {f"unbiased drawn N={k}": drawn(k) for k in (n, 8)}
     return found
 
 
@@ -86,9 +91,9 @@ def drawer(draws: Draws, nodes: Sequence[float], batches: int, stratified: bool)
     def draw(generator: torch.Generator, looks: int) -> tuple[Tensor, Tensor]:
         chosen = torch.randint(batches, (looks,), generator=generator)
         if stratified and draws.signal is not None:
-            seed = int(torch.randint(2**31, (1,), generator=generator))
-            rules = [draws.signal.draw(seed, index) for index in range(looks)]
-            rows = torch.stack([_cached(rule, nodes) for rule in rules])
+            seed, at = int(torch.randint(_RUNS, (1,), generator=generator)), tuple(nodes)
+            found = [_drawn(draws.signal, seed, index, at) for index in range(looks)]
+            rows = torch.tensor(found, dtype=torch.float64)
             return chosen, rows * (scale / rows[0].sum())
         at = torch.multinomial(draws.chances, looks, replacement=True, generator=generator)
         return chosen, draws.rows[at]
@@ -96,14 +101,11 @@ def drawer(draws: Draws, nodes: Sequence[float], batches: int, stratified: bool)
     return draw
 
 
-_ROWS: dict[tuple[quadrature.Rule, tuple[float, ...]], Tensor] = {}
-
-
-def _cached(rule: quadrature.Rule, nodes: Sequence[float]) -> Tensor:
-    key = (rule, tuple(nodes))
-    if key not in _ROWS:
-        _ROWS[key] = weights_of(rule, nodes)
-    return _ROWS[key]
+@functools.cache
+def _drawn(
+    signal: PathGradient, seed: int, index: int, nodes: tuple[float, ...]
+) -> tuple[float, ...]:
+    return tuple(weights_of(signal.draw(seed, index), nodes).tolist())
 
 
 def noise(
@@ -185,6 +187,7 @@ def _over_looks_of(segments: int) -> Iterator[tuple[str, bool]]:
     yield f"unbiased always N={segments}", False
     yield f"unbiased drawn N={segments}", False
     yield f"unbiased drawn N={segments}", True
+    yield "unbiased drawn N=8", True
     yield "instantaneous", False
 
 

@@ -13,15 +13,18 @@ from gradrank.ops.agreement import spearman
 
 # Rankings whose lower half is really taken out: estimator (by its first word) and form.
 _PRUNED = (
-    ("unbiased drawn", "ratio"),
-    ("unbiased drawn", "ratio, signed"),
+    ("unbiased drawn N=20", "ratio"),
+    ("unbiased drawn N=8", "ratio"),
+    ("unbiased drawn N=20", "ratio, signed"),
     ("stochastic", "ratio"),
     ("grid", "ratio"),
+    ("instantaneous", "ratio"),
+    ("instantaneous", "mean"),
     ("as-code", "ratio, λ by its own ratio"),
     ("instantaneous", "product"),
-    ("unbiased drawn", "product"),
-    ("unbiased drawn", "mean"),
-    ("unbiased drawn", "attribution"),
+    ("unbiased drawn N=8", "product"),
+    ("unbiased drawn N=8", "mean"),
+    ("unbiased drawn N=8", "attribution"),
     ("grid", "attribution"),
     ("midpoint", "attribution"),
     ("instantaneous", "attribution"),
@@ -29,22 +32,19 @@ _PRUNED = (
 _AT_BEST = ("ratio", "ratio, signed", "product", "mean", "attribution")
 
 
-def rankings(
-    measured: Measured, pool: Pool, splits: int = 20, segments: int = 20
-) -> dict[str, Any]:
+def rankings(measured: Measured, pool: Pool, segments: int = 20) -> dict[str, Any]:
     """Return split-half reliability at equal cost and at equal mini-batches, and agreements.
 
     Args:
         measured: The measurements.
         pool: Gradients of the pool.
-        splits: Random splits at equal cost; at equal mini-batches it is less than half as many.
         segments: N of the estimators that draw points.
 
     Returns:
         ``equal_cost`` and ``equal_looks`` by estimator and form; how much of each form is |λ|;
         and the agreement of scores from the whole pool with single removals.
     """
-    nodes, count = measured.nodes, len(pool.grads)
+    nodes, count, splits = measured.nodes, len(pool.grads), measured.size.splits
     *compared, fine = estimators(nodes, segments)
     everything = list(range(count))
     best = pool.scores(fine, everything, 0)
@@ -55,7 +55,9 @@ def rankings(
         "removal": dict.fromkeys(FORMS, removal),
     }
     cost = split_half(pool, compared, splits, count // 2, references)
-    looks = split_half(pool, [*compared, fine], max(2, 2 * splits // 5), None, references)
+    # These cost more gradients and vary less.
+    few = max(2, 2 * splits // 5)
+    looks = split_half(pool, [*compared, fine], few, None, references)
     lam = _lam(pool)
     at = ~torch.isnan(removal)
     whole = {

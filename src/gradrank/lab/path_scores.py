@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradrank.lab.path_measure import Layout
+from gradrank.lab.path_layout import Layout
 from gradrank.lab.path_study import exact_weights, weights_of
 from gradrank.methods.pruning import ElementImportance
 from gradrank.ops.agreement import spearman
@@ -53,12 +53,15 @@ class Estimator:
     code: bool = False
 
 
-def estimators(nodes: Sequence[float], segments: int = 20, grid: int = 4) -> tuple[Estimator, ...]:
+def estimators(
+    nodes: Sequence[float], segments: int = 20, few: int = 8, grid: int = 4
+) -> tuple[Estimator, ...]:
     """Return the estimators that are compared.
 
     Args:
         nodes: Where gradients are known.
         segments: N of all that draw points.
+        few: N of another one that draws points, from fewer strata.
         grid: N of the whole grid.
 
     Returns:
@@ -82,6 +85,7 @@ def estimators(nodes: Sequence[float], segments: int = 20, grid: int = 4) -> tup
         Estimator(f"stochastic N={segments}", 3, path("stochastic", segments)),
         Estimator(f"unbiased always N={segments}", 3, path("unbiased", segments, "always")),
         Estimator(f"unbiased drawn N={segments}", 1, path("unbiased", segments)),
+        Estimator(f"unbiased drawn N={few}", 1, path("unbiased", few)),
         Estimator("midpoint", 1, lambda _seed, _index: middle),
         Estimator(f"as-code N={segments}", 1, code, code=True),
         Estimator("instantaneous", 1, lambda _seed, _index: last),

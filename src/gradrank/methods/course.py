@@ -90,6 +90,7 @@ class DirectionCourse(Course, Protocol):
         orthogonality: Weight of the penalty that keeps P and Q orthonormal; 0: none.
         whole_penalty: Whether the penalty holds the lengths of the directions to 1 too.
         restarts: Whether what is left begins afresh after the last decision.
+        init: What P, λ and Q begin with: ``svd`` or ``keep``.
     """
 
     @property
@@ -100,6 +101,8 @@ class DirectionCourse(Course, Protocol):
     def whole_penalty(self) -> bool: ...  # noqa: D102
     @property
     def restarts(self) -> bool: ...  # noqa: D102
+    @property
+    def init(self) -> str: ...  # noqa: D102
 
     def take(self, observation: Observation) -> None:
         """Take in one look at the gradients."""

@@ -96,7 +96,7 @@ class Igu(PruningOptions):
         )
         signal = self._signal()
         course = PruningCourse(self, importance, signal, targets, budget, total_steps, every)
-        course.whole_penalty = not code
+        course.whole_penalty = course.whole_penalty and not code
         return course
 
     def _signal(self) -> Sensitivity:

@@ -13,14 +13,18 @@ from gradrank.core.errors import MeasurementError, OptionError
 from gradrank.core.targets import Target
 from gradrank.methods.course import Decision
 from gradrank.methods.method import Assessment, option, require
-from gradrank.ops.uncertainty import combine, smooth_
+from gradrank.ops.many import many
+from gradrank.ops.uncertainty import combine, smooth_all_
 from gradrank.schedule import Cubic
 from gradrank.signals.measure import Signal
 from gradrank.signals.measurement import Measurement
+from gradrank.signals.path import FACTORS
 from gradrank.signals.sensitivity import Observation, Sensitivity
 
 AFTER = ("continue", "restart")
+INITS = ("svd", "keep")
 _RANK_AXIS = {"A": 0, "B": 1, "lam": 0}
+Key = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +45,10 @@ class PruningOptions:
     warmup: int | None = option(None, "steps before the first pruning; none: a tenth of the run")
     final: int | None = option(None, "steps after the last pruning; none: three tenths of the run")
     orthogonality: float = option(0.1, "weight of |PtP - I|^2 + |QQt - I|^2; 0: none")
+    init: str = option(
+        "svd",
+        "'svd': P, Q orthonormal, lambda 0 in a new adapter; 'keep': P = B = 0, Q = A, lambda 1",
+    )
     after: str = option(
         "continue", "after the last pruning: 'continue', or 'restart' what is left from zero"
     )
@@ -61,6 +69,7 @@ class PruningOptions:
             require(legal, self.name, name, value, f"{least} or more, or none")
         legal = 0 <= self.orthogonality < math.inf
         require(legal, self.name, "orthogonality", self.orthogonality, "0 or more")
+        require(self.init in INITS, self.name, "init", self.init, " or ".join(map(repr, INITS)))
         require(self.after in AFTER, self.name, "after", self.after, " or ".join(map(repr, AFTER)))
 
     def signals(self) -> tuple[Signal, ...]:
@@ -179,7 +188,9 @@ class PruningCourse:
         self.schedule = options.timetable(total_steps, score_every)
         self.ceilings = options.start(targets, budget)
         self.sensitivity = sensitivity
-        self.orthogonality, self.whole_penalty = options.orthogonality, True
+        # A direction that begins as LoRA's do is not of unit length, and is not pulled there.
+        self.orthogonality, self.whole_penalty = options.orthogonality, options.init == "svd"
+        self.init = options.init
         self.restarts = options.after == "restart"
 
     def allowed(self, step: int, start: int) -> int:
@@ -272,32 +283,42 @@ class ElementImportance:
         self._beta1, self._beta2, self._how, self._eps = beta1, beta2, how, eps
         self._in_both, self._lam_by_size = in_both, lam_by_size
         self._aggregate, self._signed = aggregate, signed
-        self._sums: dict[str, dict[str, Tensor]] = {}
-        self._moving: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        # By target and factor.
+        self._sums: dict[Key, Tensor] = {}
+        self._mean: dict[Key, Tensor] = {}
+        self._deviation: dict[Key, Tensor] = {}
         self._count = 0
         self._passes = 0
 
+    @torch.no_grad()
     def take(self, observation: Observation) -> None:
         """Take in one look at the gradients."""
-        for name, factors in observation.gradients.items():
-            sums = self._sums.setdefault(name, {})
-            for factor, grad in factors.items():
-                term = grad * observation.weights[name][factor].abs()
-                sums[factor] = sums[factor].add_(term) if factor in sums else term
+        keys = [(n, f) for n, factors in observation.gradients.items() for f in factors]
         self._count += 1
         self._passes += observation.passes
+        if keys:
+            sizes = many._foreach_abs([observation.weights[n][f] for n, f in keys])
+            terms = many._foreach_mul([observation.gradients[n][f] for n, f in keys], sizes)
+            if self._sums:
+                many._foreach_add_([self._sums[key] for key in keys], terms)
+            else:
+                self._sums = dict(zip(keys, terms, strict=True))
         if self._count >= self._aggregate:
             self._flush()
 
     def _flush(self) -> None:
-        for name, factors in self._sums.items():
-            moving = self._moving.setdefault(name, {})
-            for factor, total in factors.items():
-                mean = total.div_(self._count)
-                score = mean if self._signed else mean.abs_()
-                if factor not in moving:
-                    moving[factor] = (torch.zeros_like(score), torch.zeros_like(score))
-                smooth_(*moving[factor], score, self._beta1, self._beta2)
+        keys, scores = list(self._sums), list(self._sums.values())
+        if keys:
+            many._foreach_div_(scores, float(self._count))
+            if not self._signed:
+                many._foreach_abs_(scores)
+            for key, score in zip(keys, scores, strict=True):
+                for store in (self._mean, self._deviation):
+                    if key not in store:
+                        store[key] = torch.zeros_like(score)
+            means = [self._mean[key] for key in keys]
+            deviations = [self._deviation[key] for key in keys]
+            smooth_all_(means, deviations, scores, self._beta1, self._beta2)
         self._sums, self._count = {}, 0
 
     def scores(self, targets: Sequence[Target], lam: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -306,9 +327,9 @@ class ElementImportance:
         Raises:
             MeasurementError: If no gradient was ever looked at.
         """
-        if not self._moving and self._count:
+        if not self._mean and self._sums:
             self._flush()
-        if not self._moving:
+        if not self._mean:
             raise MeasurementError(
                 "no mini-batch with finite gradients was looked at before the first pruning, so "
                 "that there is nothing to prune by. Lower the learning rate, or train in bfloat16 "
@@ -319,24 +340,28 @@ class ElementImportance:
     def _score(self, lam: Tensor | None, name: str) -> Tensor:
         if lam is None:
             return torch.zeros(0)
-        found = {
-            factor: combine(*pair, self._how, self._eps, self._in_both)
-            for factor, pair in self._moving[name].items()
+        parts = {
+            factor: combine(
+                self._mean[name, factor],
+                self._deviation[name, factor],
+                self._how,
+                self._eps,
+                self._in_both,
+            )
+            for factor in FACTORS
         }
-        first = lam.abs().float() if self._lam_by_size else found["lam"]
-        return first + found["B"].mean(0) + found["A"].mean(1)
+        first = lam.abs().float() if self._lam_by_size else parts["lam"]
+        return first + parts["B"].mean(0) + parts["A"].mean(1)
 
     def follow(self, keep: Mapping[str, tuple[int, ...]]) -> None:
         """Forget the directions that were taken away."""
-        for name, kept in keep.items():
-            for store in (self._sums, self._moving):
-                if not kept:
-                    store.pop(name, None)
-            for factor, total in self._sums.get(name, {}).items():
-                self._sums[name][factor] = _select(total, factor, kept)
-            for factor, (mean, deviation) in self._moving.get(name, {}).items():
-                pair = (_select(mean, factor, kept), _select(deviation, factor, kept))
-                self._moving[name][factor] = pair
+        for store in (self._sums, self._mean, self._deviation):
+            for name, factor in [key for key in store if key[0] in keep]:
+                kept = keep[name]
+                if kept:
+                    store[name, factor] = _select(store[name, factor], factor, kept)
+                else:
+                    del store[name, factor]
 
     def facts(self) -> dict[str, float]:
         """Return the scoring passes so far."""
@@ -345,12 +370,8 @@ class ElementImportance:
     def state(self) -> dict[str, Tensor]:
         """Return sums, means and deviations by ``KIND/FACTOR/TARGET``, and the counts."""
         saved = {"counts": torch.tensor([self._count, self._passes])}
-        for name, factors in self._sums.items():
-            saved |= {f"sum/{factor}/{name}": total for factor, total in factors.items()}
-        for name, factors in self._moving.items():
-            for factor, (mean, deviation) in factors.items():
-                saved[f"mean/{factor}/{name}"] = mean
-                saved[f"deviation/{factor}/{name}"] = deviation
+        for kind, store in self._stores().items():
+            saved |= {f"{kind}/{factor}/{name}": t for (name, factor), t in store.items()}
         return saved
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -359,21 +380,23 @@ class ElementImportance:
         Raises:
             OptionError: If a mean has no deviation of its shape: the state is damaged.
         """
-        self._sums, self._moving = {}, {}
+        for store in self._stores().values():
+            store.clear()
         self._count, self._passes = (int(n) for n in state["counts"].tolist())
         for key, tensor in state.items():
             kind, _, rest = key.partition("/")
             factor, _, name = rest.partition("/")
-            if kind == "sum":
-                self._sums.setdefault(name, {})[factor] = tensor.clone()
-            elif kind == "mean":
-                other = state.get(f"deviation/{factor}/{name}")
-                if other is None or other.shape != tensor.shape:
-                    raise OptionError(
-                        f"the saved importance of '{name}' is damaged. Resume from another "
-                        "checkpoint."
-                    )
-                self._moving.setdefault(name, {})[factor] = (tensor.clone(), other.clone())
+            if kind in self._stores():
+                self._stores()[kind][name, factor] = tensor.clone()
+        shapes = {key: tensor.shape for key, tensor in self._mean.items()}
+        if shapes != {key: tensor.shape for key, tensor in self._deviation.items()}:
+            raise OptionError(
+                "the saved importance has means without deviations of their shapes; it is damaged. "
+                "Resume from another checkpoint."
+            )
+
+    def _stores(self) -> dict[str, dict[Key, Tensor]]:
+        return {"sum": self._sums, "mean": self._mean, "deviation": self._deviation}
 
 
 def _select(tensor: Tensor, factor: str, kept: tuple[int, ...]) -> Tensor:

@@ -1,12 +1,15 @@
 """Smoothed importance and its uncertainty, per element; ratio and product of the two."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from gradrank.ops.many import many
 
 COMBINATIONS = ("ratio", "product")
 
 
-@torch.no_grad()
 def smooth_(mean: Tensor, deviation: Tensor, score: Tensor, beta1: float, beta2: float) -> None:
     r"""Take one score into running mean and running deviation, in place.
 
@@ -24,8 +27,35 @@ def smooth_(mean: Tensor, deviation: Tensor, score: Tensor, beta1: float, beta2:
     Source:
         IGU-LoRA, equations 9 and 10; AdaLoRA, arXiv 2303.10512, equations 10 and 11.
     """
-    mean.mul_(beta1).add_(score, alpha=1 - beta1)
-    deviation.mul_(beta2).add_((score - mean).abs(), alpha=1 - beta2)
+    smooth_all_([mean], [deviation], [score], beta1, beta2)
+
+
+@torch.no_grad()
+def smooth_all_(
+    means: Sequence[Tensor],
+    deviations: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    beta1: float,
+    beta2: float,
+) -> None:
+    """Do :func:`smooth_` for many tensors in a handful of calls.
+
+    Args:
+        means: Running means.
+        deviations: Running deviations, of the same shapes in the same order.
+        scores: Scores, likewise; they are not changed.
+        beta1: Smoothing of the means, in [0, 1).
+        beta2: Smoothing of the deviations, in [0, 1).
+    """
+    if not scores:
+        return
+    # Hundreds of small tensors: one call for all of them, and not five for each.
+    many._foreach_mul_(means, beta1)
+    many._foreach_add_(means, scores, alpha=1 - beta1)
+    away = many._foreach_sub(scores, means)
+    many._foreach_abs_(away)
+    many._foreach_mul_(deviations, beta2)
+    many._foreach_add_(deviations, away, alpha=1 - beta2)
 
 
 def combine(mean: Tensor, deviation: Tensor, how: str, eps: float, in_both: bool) -> Tensor:

@@ -188,7 +188,9 @@ class Replay:
     def _keep(self, key: tuple[str, str]) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
             if not self._replaying and self.batches:
-                self.batches[-1].grads[key] = grad.detach()
+                # A copy: autograd keeps the tensor itself as .grad, to which further micro-batches
+                # are added and which is unscaled, clipped and averaged in place.
+                self.batches[-1].grads[key] = grad.detach().clone()
 
         return hook
 

@@ -209,7 +209,9 @@ class PathScorer(Scorer):
         """One micro-batch's integral, the passes it took, and ``L(ΔW) - L(0)``."""
         signal = self._signal
         total: Gradients = {}
-        losses: dict[float, float] = {} if batch.loss is None else {1.0: batch.loss}
+        # With a loss function the model's own loss, which training may not have used, is another.
+        own = batch.loss if self._shares else None
+        losses: dict[float, float] = {} if own is None else {1.0: own}
         passes = 0
         for alpha, weight in zip(rule.points, rule.weights, strict=True):
             shared = alpha == 1 and self._shares
