@@ -63,9 +63,7 @@ def run(made: Any, case: str = "llama", **more: Any) -> tuple[Any, gr.Controller
 def weights(model: Any) -> dict[str, Tensor]:
     """What is learned, by target and factor, of the components in use."""
     return {
-        f"{name}/{factor}": tensor.detach()
-        .narrow(1 if factor == "B" else 0, 0, site.rank)
-        .clone()
+        f"{name}/{factor}": tensor.detach().narrow(1 if factor == "B" else 0, 0, site.rank).clone()
         for name, site in lora_sites(model, "default").items()
         for factor, tensor in site.learned().items()
     }

@@ -118,6 +118,7 @@ class CapacityCallback(TrainerCallback):
             self.adapter,
             self.seed,
             self.loss_function,
+            resuming=self.resume_from is not None,
         )
         if self.resume_from is not None:
             self.run.restore(self.resume_from / sidecar.FILE)

@@ -35,7 +35,7 @@ class CapacityRun:
 
     Attributes:
         course: The method's course.
-        budget: Parameters that may be in use at any moment.
+        budget: Parameters that may be in use at any moment; of methods that prune, in the end.
         start_parameters: Adapter parameters in use when the run began.
         step: Last step that ended.
         ranks_over_time: ``[step, {target: rank}]``, the ranks at the start first.
@@ -52,6 +52,7 @@ class CapacityRun:
         adapter: str | None = None,
         seed: int = 0,
         loss_function: LossFunction | None = None,
+        resuming: bool = False,
     ) -> None:
         """Check that everything the run will need can be done; change nothing.
 
@@ -65,6 +66,7 @@ class CapacityRun:
             seed: Seed of sketches, of points on the path and of new directions.
             loss_function: ``loss_function(model, batch)``, for methods with passes of their own
                 on models that return no loss.
+            resuming: Whether the adapter has the ranks of a checkpoint already.
         """
         self._model, self._optimizer = model, optimizer
         self._method, self._seed = method, seed
@@ -76,6 +78,8 @@ class CapacityRun:
         self._targets = targets
         self._check(model, optimizer)
         self.start_parameters = self.parameters
+        if not resuming:
+            self._check_start()
         self._watch: Watch = watch_for(
             self.course, model, optimizer, targets, self._adapter, seed, loss_function
         )
@@ -157,6 +161,17 @@ class CapacityRun:
             raise BudgetError(
                 f"the adapter has {used:,} parameters, more than the budget of {self.budget:,}. "
                 "Begin with lower ranks (gradrank.plan makes a fitting LoraConfig), or raise it."
+            )
+
+    def _check_start(self) -> None:
+        """Refuse a run that would have nothing to take away; it had another budget when reserved."""
+        used, cost = self.start_parameters, sum(target.cost for target in self._targets)
+        if isinstance(self.course, DirectionCourse) and used <= self.budget:
+            raise BudgetError(
+                f"method '{self._method.name}' takes directions away until a budget of "
+                f"{self.budget:,} parameters holds, and the adapter has {used:,} to begin with "
+                f"(rank {used / cost:g} on average). Give gradrank.reserve the same method and "
+                "budget, or lower the budget."
             )
 
     def _check_form(self, sites: Mapping[str, LoraSite], fixed: str | None) -> None:
@@ -273,6 +288,7 @@ class CapacityRun:
                 f"'{path.name}' does not hold a rank for each of this model's targets "
                 f"({len(self._targets)}): it is damaged, or belongs to another model."
             )
+        self._watch.pause()
         refit(self._model, ranks, self._optimizer, self._adapter)
 
     def _take(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

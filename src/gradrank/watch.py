@@ -18,7 +18,7 @@ from gradrank.signals.distributed import of_first_process
 from gradrank.signals.layers import find_sites, unwrapped
 from gradrank.signals.path import Branch
 from gradrank.signals.replay import LossFunction
-from gradrank.signals.scoring import scorer_for
+from gradrank.signals.scoring import PathScorer, scorer_for
 from gradrank.signals.sensitivity import Observation, in_use
 from gradrank.signals.window import Window
 
@@ -37,6 +37,10 @@ class Watch(Protocol):
 
     def after_step(self, step: int) -> None:
         """Take in a step that ended."""
+        ...
+
+    def pause(self) -> None:
+        """Leave the factors alone until the next :meth:`before_step`: they will be replaced."""
         ...
 
     def decide(self, ranks: Mapping[str, int], allowed: int) -> tuple[Decision, dict[str, Edit]]:
@@ -88,6 +92,9 @@ class SpectrumWatch:
         """Close the step's mini-batch."""
         if self._window.is_open:
             self._window.end_step(step)
+
+    def pause(self) -> None:
+        """Nothing: its hooks are on modules, which stay."""
 
     def decide(self, ranks: Mapping[str, int], allowed: int) -> tuple[Decision, dict[str, Edit]]:
         """Return new ranks, and edits that shrink or grow to them."""
@@ -183,13 +190,19 @@ class DirectionWatch:
 
     def _before_update(self, *_: Any) -> None:
         if self._looking:
-            self._take(self._scorer.before_update())
+            before = self._scorer.index
+            observation = self._scorer.before_update()
+            self._take(observation)
+            # Points were drawn and nothing came of it: the gradients there were not finite.
+            self.left_out += observation is None and self._scorer.index != before
         if self._course.orthogonality:
             self._pull_apart()
 
     def _after_update(self, *_: Any) -> None:
         if self._looking:
             self._take(self._scorer.after_update())
+        # A loop that forgets controller.step() is stopped by the controller, not by a second look.
+        self._looking = False
 
     def _take(self, observation: Observation | None) -> None:
         if observation is not None:
@@ -215,7 +228,14 @@ class DirectionWatch:
             many._foreach_add_(grads, list(pull.to(grads[0].dtype).unbind()))
 
     def after_step(self, step: int) -> None:
-        """Nothing: everything happens inside the optimizer's step."""
+        """Everything happens inside the optimizer's step; one that was skipped is given up."""
+        self.pause()
+
+    def pause(self) -> None:
+        """Take the hooks off the factors, which no edit would leave behind."""
+        self._looking = False
+        if isinstance(self._scorer, PathScorer):
+            self._scorer.close()
 
     def decide(self, ranks: Mapping[str, int], allowed: int) -> tuple[Decision, dict[str, Edit]]:
         """Return which directions stay, and edits that take the others away."""

@@ -24,9 +24,9 @@ from gradrank.report.sections import gather
 from gradrank.report.sections_time import decision_table
 from gradrank.report.tables import cost_table, results_table
 from gradrank.report.verdict import verdict
-from report import history_cases, pruning_cases, report_cases
+from report import history_cases, pruned_runs, report_cases
 from report.history_cases import COST, ENTRIES, MAPS, Q0, Q1, START, V0, V1, decision, prepared
-from report.pruning_cases import NARROW, STEPS, WIDE, facts, price, tiny
+from report.pruned_runs import NARROW, STEPS, WIDE, facts, price, tiny
 from report.test_report_page import EVIL, Page
 
 IMPORTANCE = ({Q0: 2.0, V0: 4.0, Q1: 3.0, V1: 0.5}, {Q0: 0.0, V0: 4.0, Q1: -3.0})
@@ -35,12 +35,12 @@ TOLD = [{"importance": each} for each in IMPORTANCE]
 
 @pytest.fixture(scope="module")
 def igu():
-    return pruning_cases.pruned("igu", layers=4, steps=200)
+    return pruned_runs.pruned("igu", layers=4, steps=200)
 
 
 @pytest.fixture(scope="module")
 def direction():
-    return pruning_cases.pruned("igu-direction", layers=4, steps=200)
+    return pruned_runs.pruned("igu-direction", layers=4, steps=200)
 
 
 def cells(table):
@@ -74,7 +74,7 @@ def test_the_curve_that_falls_is_drawn_with_use_and_what_was_asked_for():
         tiny(entries=[[0, WIDE], [30, NARROW]]),
         tiny(entries=STEPS[:2], status="interrupted"),
         replace(tiny(), plan=None),
-        pruning_cases.pruned("adalora", layers=2, steps=100),
+        pruned_runs.pruned("adalora", layers=2, steps=100),
     ],
 )
 def test_nothing_claims_that_the_budget_always_held(record):
@@ -272,7 +272,7 @@ def test_a_plan_of_equal_scores_explains_no_rank(igu):
 
 
 def test_scoring_passes_are_counted(igu, direction):
-    runs, _ = _material(igu, pruning_cases.pruned("adalora", layers=4, steps=200))
+    runs, _ = _material(igu, pruned_runs.pruned("adalora", layers=4, steps=200))
     found = cells(cost_table(runs))
     last = igu.decisions[-1]["passes"]
     assert found["scoring passes"] == [f"{last:g}", "0"]
@@ -300,7 +300,7 @@ def test_a_comparison_says_who_was_larger_while_training(igu):
     assert text.startswith("igu used up to")
     assert "(2 times its final size, pruned down to it by step" in text
     assert "The runs do not have the same size." not in told
-    other = pruning_cases.pruned("adalora", layers=4, steps=200)
+    other = pruned_runs.pruned("adalora", layers=4, steps=200)
     gard = history_cases.dynamic(layers=4, decisions=3)
     for equals in ((igu, other), (uniform, gard)):
         leads = [paragraph.lead for paragraph in verdict(_material(*equals)[0])]

@@ -28,12 +28,14 @@ FORMS = (
     "ratio, signed",
     "ratio without |λ|",
     "ratio, λ by its own ratio",
+    "product with |λ|",
     "product",
     "product, signed",
     "mean",
     "mean, signed",
     "attribution",
 )
+_SIZED = "product with |λ|"
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class Pool:
         Returns:
             ``[directions]`` by form: *ratio* (IGU-LoRA's: magnitude of each look's integral; |λ|
             in the place of λ's ratio), *signed* (the formula as printed), *without |λ|* (P and Q
-            alone), *product* (AdaLoRA's, λ by its own product), *mean* (magnitude of the mean over
+            alone), *product* (AdaLoRA's, λ by its own product; *with |λ|*: |λ| in its place, as
+            ``igu`` with ``combine=product``), *mean* (magnitude of the mean over
             all looks, no uncertainty) and *attribution* (minus λ times the mean, which may be
             negative). For an estimator with ``code``, *ratio* has the code's constants.
         """
@@ -165,9 +168,10 @@ class Pool:
                 forms[f"{how}, own{name}"] = joined(own, lam)
             term = self.weights.abs() * mean
             forms[f"mean{name}"] = self._directions(term if signed else term.abs())
-        sized = importance("ratio", False, True)
-        sized.restore(watched[False].state())
-        forms["ratio without |λ|"] = joined(sized, none)
+        for how, by, name in (("ratio", none, "ratio without |λ|"), ("product", lam, _SIZED)):
+            sized = importance(how, False, True)
+            sized.restore(watched[False].state())
+            forms[name] = joined(sized, by)
         forms["ratio, λ by its own ratio"] = forms["ratio, own"]
         forms |= {f"product{name}": forms[f"product, own{name}"] for name in ("", ", signed")}
         split = self.layout.split(self.weights * mean)

@@ -28,7 +28,7 @@ def tables(found: Found) -> dict[str, str]:
         "cost-elements": lambda f: _cost(f["cost"]["elements"]),
         "split-half": lambda f: _agreement(f["rankings"]["equal_cost"], "halves", True),
         "split-half-looks": lambda f: _agreement(f["rankings"]["equal_looks"], "halves", False),
-        "fine": lambda f: _agreement(f["rankings"]["equal_cost"], "fine mean", False),
+        "fine": _fine,
         "removal": _removal,
         "pruned": _pruned,
         "later": _later,
@@ -69,7 +69,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         rows: Cells.
     """
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    shown = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in shown)
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -164,7 +165,7 @@ def _slopes(found: Found) -> str:
 
 
 def _bias(found: Found) -> str:
-    ranked = ("elements", "attributions", "scores")
+    kinds = ("elements", "attributions", "scores")
     rows = [
         [
             str(row["segments"]),
@@ -174,10 +175,7 @@ def _bias(found: Found) -> str:
             _number(row["error"]),
             _number(row["error, scaled"]),
             _number(row["error of directions, scaled"]),
-            *(
-                f"{row[f'Spearman of {what}']:.3f}"
-                for what in ("elements", "attributions", "scores")
-            ),
+            *(f"{row[f'Spearman of {kind}']:.3f}" for kind in kinds),
         ]
         for row in found["bias"]
     ]
@@ -213,6 +211,17 @@ def _agreement(told: Mapping[str, Any], key: str, ranges: bool) -> str:
             cells.append(text)
         rows.append([form, *cells])
     return markdown(["score", *told], rows)
+
+
+def _fine(found: Found) -> str:
+    """Agreement with the same form of the fine integral, and of that with other things."""
+    told = found["rankings"]
+    lam = told["agreement with |λ|"]
+    rows = []
+    for form, value in lam.items():
+        cells = [row[form]["fine"]["mean"] for row in told["equal_cost"].values()]
+        rows.append([form, *map(_correlation, cells), _correlation(value)])
+    return markdown(["score", *told["equal_cost"], "fine integral with |λ|"], rows)
 
 
 def _removal(found: Found) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradrank.allocation import keep_directions, uniform
-from gradrank.core.errors import MeasurementError, OptionError
+from gradrank.core.errors import BudgetError, MeasurementError, OptionError
 from gradrank.core.targets import Target
 from gradrank.methods.course import Decision
 from gradrank.methods.method import Assessment, option, require
@@ -100,6 +100,7 @@ class PruningOptions:
         Returns:
             Rank per target.
         """
+        self._check_floor(targets, budget)
         return uniform(targets, budget)
 
     def start(self, targets: Sequence[Target], budget: int) -> dict[str, int]:
@@ -115,6 +116,7 @@ class PruningOptions:
         Raises:
             OptionError: If they do not cost more than the budget, so that nothing would be pruned.
         """
+        self._check_floor(targets, budget)
         even = max(1, round(budget / sum(target.cost for target in targets)))
         rank = 2 * even if self.initial_rank is None else self.initial_rank
         ranks = {target.name: min(rank, target.max_rank) for target in targets}
@@ -126,6 +128,20 @@ class PruningOptions:
                 "initial_rank, or lower the budget."
             )
         return ranks
+
+    def _check_floor(self, targets: Sequence[Target], budget: int) -> None:
+        """Refuse a budget that cannot pay ``r_min`` directions of every target.
+
+        Raises:
+            BudgetError: Naming both.
+        """
+        floor = sum(min(self.r_min, target.max_rank) * target.cost for target in targets)
+        if budget < floor:
+            raise BudgetError(
+                f"budget {budget:,} is below the floor of {floor:,} parameters: method "
+                f"'{self.name}' keeps r_min = {self.r_min} on each of {len(targets)} targets. "
+                "Raise the budget, or lower r_min (r_min=0 lets targets lose their adapter)."
+            )
 
     def timetable(self, total_steps: int, score_every: int) -> Cubic:
         """Return the schedule of a run.

@@ -45,7 +45,9 @@ def budget_course(run: Run, suffix: str = "") -> Figure | None:
     if not used:
         return None
     over = [step for step, left in slack if left < 0]
-    end = max(shown_end(run), points[-1][0])
+    # What the very last decision left in use is still seen: a fiftieth of the run is added.
+    last = points[-1][0]
+    end = max(shown_end(run), last + max(1, last // 50))
     asked = history.asked if history.falls else None
     drawn, (upper, lower) = two_panels((170, 110 if slack else 0), 1)
     _course(upper, used, end, color=_USED, linewidth=2.4)
