@@ -244,7 +244,7 @@ def test_a_damaged_state_is_refused_by_name() -> None:
             del state["deviation/B/k"]
         else:
             state["deviation/B/k"] = torch.zeros(1)
-        with pytest.raises(gr.OptionError, match="means without deviations .* damaged"):
+        with pytest.raises(gr.OptionError, match=r"means without deviations .* damaged"):
             ElementImportance(0.8, 0.7, "ratio", 1e-6).restore(state)
 
 

@@ -29,6 +29,8 @@ _PRUNED = (
     ("midpoint", "attribution"),
     ("instantaneous", "attribution"),
 )
+# What a longer run is not simulated of.
+_SHORT_ONLY = ("stochastic", "unbiased always", "midpoint", "as-code")
 _AT_BEST = ("ratio", "ratio, signed", "product", "mean", "attribution")
 
 
@@ -41,7 +43,8 @@ def rankings(measured: Measured, pool: Pool, segments: int = 20) -> dict[str, An
         segments: N of the estimators that draw points.
 
     Returns:
-        ``equal_cost`` and ``equal_looks`` by estimator and form; how much of each form is |λ|;
+        ``equal_cost``, ``equal_looks`` and ``long`` (equal cost, four times as many gradients, so
+        that mini-batches of a half come again) by estimator and form; how much of each form is |λ|;
         and the agreement of scores from the whole pool with single removals.
     """
     nodes, count, splits = measured.nodes, len(pool.grads), measured.size.splits
@@ -54,10 +57,13 @@ def rankings(measured: Measured, pool: Pool, segments: int = 20) -> dict[str, An
         "fine mean": dict.fromkeys(FORMS, best["mean"]),
         "removal": dict.fromkeys(FORMS, removal),
     }
-    cost = split_half(pool, compared, splits, count // 2, references)
     # These cost more gradients and vary less.
     few = max(2, 2 * splits // 5)
-    looks = split_half(pool, [*compared, fine], few, None, references)
+    short = [e for e in compared if e.aggregate == 1]
+    long = [e for e in compared if not e.name.startswith(_SHORT_ONLY)]
+    cost = split_half(pool, short, splits, count // 2, references)
+    looks = split_half(pool, [*short, fine], few, None, references)
+    again = split_half(pool, long, max(2, splits // 4), 2 * count, references)
     lam = _lam(pool)
     at = ~torch.isnan(removal)
     whole = {
@@ -65,13 +71,15 @@ def rankings(measured: Measured, pool: Pool, segments: int = 20) -> dict[str, An
             form: spearman(value[at], removal[at])
             for form, value in pool.scores(estimator, everything, 0).items()
         }
-        for estimator in (*compared, fine)
+        for estimator in (*short, fine)
     }
     return {
         "gradients": count // 2,
         "splits": splits,
         "equal_cost": _summary(cost),
         "equal_looks": _summary(looks),
+        "long_gradients": 2 * count,
+        "long": _summary(again),
         "agreement with |λ|": {form: spearman(best[form], lam) for form in FORMS},
         "removal": {
             "directions": int(at.sum()),

@@ -22,7 +22,7 @@ from gradrank.ops.quadrature import Rule
 from gradrank.ops.sketch import seed_of
 from gradrank.signals.sensitivity import Observation, PathGradient
 
-# How the looks of an estimator become a score per direction; see `Looks.scores`.
+# How the looks of an estimator become a score per direction; see `Pool.scores`.
 FORMS = (
     "ratio",
     "ratio, signed",
@@ -47,12 +47,14 @@ class Estimator:
         cost: Gradients per mini-batch.
         rule: ``rule(seed, index)`` gives weights over the nodes, ``[nodes]``.
         code: Whether the ratio is that of the published code.
+        aggregate: Looks that are averaged before mean and deviation take them in.
     """
 
     name: str
     cost: int
     rule: Callable[[int, int], Tensor]
     code: bool = False
+    aggregate: int = 1
 
 
 def estimators(
@@ -88,6 +90,7 @@ def estimators(
         Estimator(f"unbiased always N={segments}", 3, path("unbiased", segments, "always")),
         Estimator(f"unbiased drawn N={segments}", 1, path("unbiased", segments)),
         Estimator(f"unbiased drawn N={few}", 1, path("unbiased", few)),
+        Estimator(f"{few} drawn together", 1, path("unbiased", few), aggregate=few),
         Estimator("midpoint", 1, lambda _seed, _index: middle),
         Estimator(f"as-code N={segments}", 1, code, code=True),
         Estimator("instantaneous", 1, lambda _seed, _index: last),
@@ -129,7 +132,9 @@ class Pool:
 
         def importance(how: str, signed: bool, by_size: bool) -> ElementImportance:
             found = eps if how == "ratio" else 0.0
-            return ElementImportance(0.85, 0.85, how, found, both, by_size, signed=signed)
+            return ElementImportance(
+                0.85, 0.85, how, found, both, by_size, estimator.aggregate, signed
+            )
 
         watched = {
             signed: importance("ratio", signed, not estimator.code) for signed in (False, True)
@@ -202,7 +207,8 @@ def split_half(
         pool: Measured gradients.
         compared: The estimators.
         splits: Random splits of the pool.
-        gradients: Gradients that each half may cost; None looks at every mini-batch of it.
+        gradients: Gradients that each half may cost; None looks at every mini-batch of it. Where
+            that is more looks than it has mini-batches, they come again in another order.
         references: Further scores ``[directions]`` to compare each half with, by name and form;
             NaN where there is none.
         seed: Seed.
@@ -218,9 +224,11 @@ def split_half(
             form: {name: [] for name in ("halves", *references)} for form in FORMS
         }
         for split in range(splits):
-            order = np.random.default_rng([seed, split]).permutation(count).tolist()
+            rng = np.random.default_rng([seed, split])
+            order = rng.permutation(count).tolist()
             looks = count // 2 if gradients is None else max(1, gradients // estimator.cost)
-            sides = (order[: count // 2][:looks], order[count // 2 : 2 * (count // 2)][:looks])
+            halves = (order[: count // 2], order[count // 2 : 2 * (count // 2)])
+            sides = [_repeated(half, looks, rng) for half in halves]
             both = [
                 pool.scores(estimator, side, seed_of(seed, split, place))
                 for place, side in enumerate(sides)
@@ -234,6 +242,13 @@ def split_half(
                     each = [spearman(side[at], value[at]) for side in (first, second)]
                     table[form][name].append(statistics.fmean(each))
     return found
+
+
+def _repeated(half: Sequence[int], looks: int, rng: np.random.Generator) -> list[int]:
+    found = list(half)
+    while len(found) < looks:
+        found += rng.permutation(half).tolist()
+    return found[:looks]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -28,6 +28,8 @@ def tables(found: Found) -> dict[str, str]:
         "cost-elements": lambda f: _cost(f["cost"]["elements"]),
         "split-half": lambda f: _agreement(f["rankings"]["equal_cost"], "halves", True),
         "split-half-looks": lambda f: _agreement(f["rankings"]["equal_looks"], "halves", False),
+        "split-half-long": lambda f: _agreement(f["rankings"]["long"], "halves", True),
+        "fine-long": lambda f: _agreement(f["rankings"]["long"], "fine mean", False),
         "fine": _fine,
         "removal": _removal,
         "pruned": _pruned,
