@@ -1,6 +1,6 @@
 """Study of Theorem 1 of IGU-LoRA, and of how reliable the scores of directions are.
 
-Usage: python -m benchmarks.study_igu [--quick] [--cache FOLDER] [--out FOLDER] [--page FILE]
+Usage: python -m benchmarks.study_igu [--quick] [--cache FOLDER] [--out FOLDER] [--redraw]
 
 Trains an adapter in SVD form, measures its gradients along the path (kept in a folder, so that a
 second run is arithmetic only), and writes results/studies/igu-quadrature.json, the figures in
@@ -12,8 +12,9 @@ import argparse
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
-from gradrank.core.files import write_json
+from gradrank.core.files import read_json, write_json
 from gradrank.lab.cache import cache_root
 from gradrank.lab.path_collect import QUICK, StudySize
 from gradrank.lab.path_measure import PathSettings
@@ -33,20 +34,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/studies"))
     parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
     parser.add_argument("--page", type=Path, default=Path("docs/studies/igu-quadrature.md"))
+    parser.add_argument("--redraw", action="store_true", help="figures and tables from the results")
     args = parser.parse_args()
+    results = args.out / f"igu-quadrature{'-quick' if args.quick else ''}.json"
+    if not args.redraw:
+        write_json(results, measure(args))
+    if not args.quick:
+        found = read_json(results, "study")
+        for figure in study_figures(found):
+            figure.save(args.figures / f"{figure.name}.svg", overwrite=True)
+        refresh(args.page, found)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the study finds, with a line for each piece of work."""
     settings, size = QUICK if args.quick else (PathSettings(), StudySize())
     started = time.perf_counter()
 
     def say(text: str) -> None:
         print(f"{time.perf_counter() - started:8.1f} s  {text}", flush=True)
 
-    found = study(settings, size, args.cache or cache_root() / "studies", say)
-    write_json(args.out / f"igu-quadrature{'-quick' if args.quick else ''}.json", found)
-    if not args.quick:
-        for figure in study_figures(found):
-            figure.save(args.figures / f"{figure.name}.svg", overwrite=True)
-        refresh(args.page, found)
-    say("done")
+    return study(settings, size, args.cache or cache_root() / "studies", say)
 
 
 if __name__ == "__main__":

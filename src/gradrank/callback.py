@@ -12,12 +12,19 @@ from transformers import TrainerCallback
 from gradrank.adapters import sidecar
 from gradrank.adapters.guard import wrapping
 from gradrank.adapters.reserve import refit, settle
-from gradrank.adapters.view import adapter_name, lora_sites
+from gradrank.adapters.view import (
+    PREFIX,
+    adapter_name,
+    lora_sites,
+    lora_targets,
+    name_targets,
+)
 from gradrank.capacity import CapacityRun
 from gradrank.controller import dynamic_method, reserve, starts_wide
 from gradrank.core import marker
 from gradrank.core.budget import Budget
 from gradrank.core.errors import DataError, OptionError, SurgeryError
+from gradrank.core.targets import Target
 from gradrank.methods.method import Method
 from gradrank.signals.distributed import is_distributed
 from gradrank.signals.layers import unwrapped
@@ -62,6 +69,7 @@ class CapacityCallback(TrainerCallback):
         self.adapter, self.seed = adapter, seed
         self.run: CapacityRun | None = None
         self.resume_from: Path | None = None
+        self._targets: tuple[Target, ...] | None = None
 
     @property
     def ranks_over_time(self) -> list[Any]:
@@ -83,18 +91,26 @@ class CapacityCallback(TrainerCallback):
         if self.run is not None:
             self.run.close()
 
-    def attach(self, model: nn.Module, args: Any) -> None:
+    def attach(self, model: nn.Module, args: Any) -> bool:
         """Give the adapter the shape that the method starts from; safe to call twice.
 
         Args:
             model: The PEFT model, not wrapped yet.
             args: The Trainer's arguments.
+
+        Returns:
+            Whether it has new parameters, which an optimizer made before does not hold.
         """
         adapter = adapter_name(model, self.adapter)
         fixed = _keeps_shapes(args)
         plain = all(site.form == "plain" for site in lora_sites(model, adapter).values())
-        if plain and (fixed or starts_wide(model, self.method, self.budget, adapter)):
+        if plain or self._targets is None:
+            # Now: a checkpoint that is resumed from may take adapters off for good.
+            self._targets = lora_targets(model, adapter)
+        widens = plain and (fixed or starts_wide(model, self.method, self.budget, adapter))
+        if widens:
             reserve(model, self.method, self.budget, adapter=adapter, seed=self.seed, fixed=fixed)
+        return widens
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reserve ranks before the Trainer wraps the model."""
@@ -119,6 +135,7 @@ class CapacityCallback(TrainerCallback):
             self.seed,
             self.loss_function,
             resuming=self.resume_from is not None,
+            targets=self._targets,
         )
         if self.resume_from is not None:
             self.run.restore(self.resume_from / sidecar.FILE)
@@ -165,6 +182,8 @@ class CapacityCallback(TrainerCallback):
         if any(site.form != "plain" for site in sites) and wrapping(model) != "FSDP":
             settle(model, self.adapter)
         if run.decisions:
+            if run.excess():
+                warnings.warn(run.excess(), UserWarning, stacklevel=2)
             return
         due = run.course.schedule.decisions[0]
         problem = (
@@ -224,6 +243,8 @@ class _Prepared:
     def __init__(self, trainer: Any, callback: CapacityCallback | None) -> None:
         self._trainer, self._callback = trainer, callback
         self._train = trainer.train
+        self._given_optimizer = trainer.optimizer is not None
+        self._layers: dict[str, nn.Module] = {}
         self._load, self._load_best = trainer._load_from_checkpoint, trainer._load_best_model
         trainer.train = self.train
         trainer._load_from_checkpoint, trainer._load_best_model = self.load, self.load_best
@@ -233,15 +254,20 @@ class _Prepared:
         if callback is None:
             return self._train(resume_from_checkpoint, *args, **kwargs)
         output_dir = Path(self._trainer.args.output_dir)
+        if self._trainer.args.load_best_model_at_end:
+            self._layers = {n: s.layer for n, s in lora_sites(self._model, self._adapter).items()}
         if resume_from_checkpoint:
             resume_from_checkpoint = _whole(resume_from_checkpoint, output_dir)
             self._refit(Path(resume_from_checkpoint))
             callback.resume_from = Path(resume_from_checkpoint)
-        callback.attach(self._trainer.model, self._trainer.args)  # for a second phase of training
+        again = callback.attach(self._trainer.model, self._trainer.args)
+        if again and not self._given_optimizer:
+            self._trainer.optimizer = None  # a second phase of training: it is made anew
         try:
             return self._train(resume_from_checkpoint, *args, **kwargs)
         finally:
             callback.close()
+            self._layers = {}
 
     def load(self, folder: str, model: Any = None) -> None:
         self._refit(Path(folder))
@@ -256,18 +282,36 @@ class _Prepared:
             self._callback.resume_from = Path(folder)
 
     def load_best(self) -> None:
-        self._refit(Path(self._trainer.state.best_model_checkpoint))
+        folder = Path(self._trainer.state.best_model_checkpoint)
+        if self._callback is not None and self._callback.run is not None:
+            self._callback.run.close()
+        self._bring_back(sidecar.stored_ranks(folder, self._adapter))
+        self._refit(folder, ended=True)
         self._load_best()
+
+    @property
+    def _model(self) -> Any:
+        return self._trainer.model
 
     @property
     def _adapter(self) -> str:
         asked = self._callback.adapter if self._callback else None
-        return adapter_name(self._trainer.model, asked)
+        return adapter_name(self._model, asked)
 
-    def _refit(self, folder: Path) -> None:
-        trainer = self._trainer
-        optimizer = None if wrapping(trainer.model, trainer.optimizer) else trainer.optimizer
-        refit(trainer.model, sidecar.stored_ranks(folder, self._adapter), optimizer, self._adapter)
+    def _bring_back(self, ranks: Mapping[str, int]) -> None:
+        """Put LoRA layers back that have been taken off since the best checkpoint was written."""
+        model, sites = unwrapped(self._model), lora_sites(self._model, self._adapter)
+        lost = {n: layer for n, layer in self._layers.items() if ranks.get(n) and n not in sites}
+        for name, layer in lost.items():
+            model.set_submodule(PREFIX + name, layer)
+        if lost:
+            name_targets(model, self._adapter)
+
+    def _refit(self, folder: Path, ended: bool = False) -> None:
+        optimizer = self._trainer.optimizer
+        if ended or wrapping(self._model, optimizer):
+            optimizer = None
+        refit(self._model, sidecar.stored_ranks(folder, self._adapter), optimizer, self._adapter)
 
 
 def _whole(asked: Any, output_dir: Path) -> str:

@@ -53,6 +53,7 @@ class CapacityRun:
         seed: int = 0,
         loss_function: LossFunction | None = None,
         resuming: bool = False,
+        targets: tuple[Target, ...] | None = None,
     ) -> None:
         """Check that everything the run will need can be done; change nothing.
 
@@ -67,11 +68,13 @@ class CapacityRun:
             loss_function: ``loss_function(model, batch)``, for methods with passes of their own
                 on models that return no loss.
             resuming: Whether the adapter has the ranks of a checkpoint already.
+            targets: What the adapter sat on when the run began, where a checkpoint may have lost
+                some of it; None: what it sits on now.
         """
         self._model, self._optimizer = model, optimizer
         self._method, self._seed = method, seed
         self._adapter = adapter_name(model, adapter)
-        targets = lora_targets(model, self._adapter)
+        targets = targets or lora_targets(model, self._adapter)
         self.budget = resolve(model, targets, budget)
         self.course: Course = method.course(targets, self.budget, total_steps)
         self.course.schedule.check(f"method '{method.name}'")
@@ -121,6 +124,17 @@ class CapacityRun:
         self.before_step(step + 1)
         return report
 
+    def excess(self) -> str:
+        """Return by how much the adapter is above the budget, or an empty text."""
+        used = self.parameters
+        if used <= self.budget:
+            return ""
+        return (
+            f"the adapter has {used:,} parameters, more than the budget of {self.budget:,}: it is "
+            f"that of a step before the last pruning, which falls due after step "
+            f"{self.course.schedule.decisions[-1]}. Train to the end, or take the last checkpoint."
+        )
+
     def close(self) -> None:
         """Remove all hooks; safe to call twice."""
         self._watch.close()
@@ -164,7 +178,7 @@ class CapacityRun:
             )
 
     def _check_start(self) -> None:
-        """Refuse a run that would have nothing to take away; it had another budget when reserved."""
+        """Refuse a run with nothing to take away, such as one reserved for another budget."""
         used, cost = self.start_parameters, sum(target.cost for target in self._targets)
         if isinstance(self.course, DirectionCourse) and used <= self.budget:
             raise BudgetError(

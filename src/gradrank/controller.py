@@ -1,6 +1,7 @@
 """Capacity that moves in a plain training loop, or one driven by accelerate."""
 
 import logging
+import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,6 +125,8 @@ class Controller:
     def finish(self) -> None:
         """End the run: remove all hooks, and raise if the controller did not do its work.
 
+        A run that ended too early, with more parameters than the budget, is warned about.
+
         Raises:
             SurgeryError: If it was never stepped, or never decided anything; the message says
                 what was missing.
@@ -132,6 +135,8 @@ class Controller:
         problem = self.missing()
         if problem:
             raise SurgeryError(problem)
+        if excess := self.run.excess():
+            warnings.warn(excess, UserWarning, stacklevel=2)
 
     def close(self) -> None:
         """Remove all hooks; safe to call twice."""

@@ -102,20 +102,21 @@ def change(model: Any, batch: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_attributions_of_all_targets_together_add_up_to_the_change_of_the_loss(name: str) -> None:
-    model, _ = of_case(name, lora_dropout=0.2 if name == "bert" else 0.0)
+    # A larger update has a bend close to the pre-trained model, since tiny models' states are tiny.
+    model, _ = of_case(name, scale=0.1, lora_dropout=0.2 if name == "bert" else 0.0)
     batch = in_float64(batches(CASES[name], 1)[0])
     gaps = []
-    for segments in (2, 8, 32, 128):
+    for segments in (2, 8, 32):
         torch.manual_seed(3)
         found = attributed(model, batch, segments)
         assert found.loss_change is not None
         gaps.append(abs(total(found) - found.loss_change) / abs(found.loss_change))
     if name != "bert":
-        assert found.loss_change == pytest.approx(change(model, batch), rel=1e-6)
+        assert found.loss_change == pytest.approx(change(model, batch), rel=1e-5)
     # The trapezoid's error falls with the square of the segments, down to float32's rounding.
-    assert gaps[-1] < 2e-4
-    assert gaps[1] < gaps[0]
+    assert gaps[1] < 0.2 * gaps[0]
     assert gaps[2] < 0.2 * gaps[1]
+    assert gaps[2] < 1e-3
 
 
 def test_one_target_at_a_time_would_not_be_complete() -> None:

@@ -203,12 +203,16 @@ class Measured:
 
         return chosen, self._kept.get(f"ablated{self.size.ablations}", make)
 
-    def pruned(self, name: str, removed: Mapping[str, list[int]]) -> float:
-        """Return the mean held-out loss without some directions.
+    def pruned(self, name: str, removed: Mapping[str, list[int]]) -> dict[str, float]:
+        """Return the held-out loss without some directions.
 
         Args:
-            name: Name under which the loss is kept, with the directions' digest.
+            name: What gives them up, for the line that is said.
             removed: Directions by target.
+
+        Returns:
+            The mean ``loss``, its rise ``above`` that with all directions, and the standard
+            ``error`` of the rise over held-out mini-batches.
         """
         text = json.dumps({key: sorted(found) for key, found in sorted(removed.items())})
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -218,7 +222,11 @@ class Measured:
             held = self.rig.held_out(self.size.held_out)
             return {"losses": self.rig.losses_without(removed, held)}
 
-        return float(self._kept.get(f"pruned-{digest}", make)["losses"].mean())
+        losses = self._kept.get(f"pruned-{digest}", make)["losses"]
+        held = self.size.held_out
+        above = losses - self._kept.get(f"after{held}", self._held_out_losses)["losses"]
+        error = float(above.std()) / len(above) ** 0.5
+        return {"loss": float(losses.mean()), "above": float(above.mean()), "error": error}
 
     def later(self) -> Iterator[dict[str, Tensor]]:
         """Yield mini-batches at the nodes after more training; the first checkpoint comes back."""

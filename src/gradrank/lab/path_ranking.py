@@ -11,7 +11,9 @@ from gradrank.lab.path_collect import Measured
 from gradrank.lab.path_scores import FORMS, Pool, estimators, split_half, spread
 from gradrank.ops.agreement import spearman
 
-# Rankings whose lower half is really taken out: estimator (by its first word) and form.
+# The share of the stored parameters that rankings really leave.
+KEPT = 0.25
+# Those rankings: estimator (by its first word) and form.
 _PRUNED = (
     ("unbiased drawn N=20", "ratio"),
     ("unbiased drawn N=8", "ratio"),
@@ -116,7 +118,7 @@ def removed_one_by_one(measured: Measured) -> tuple[Tensor, float]:
 
 
 def pruned(measured: Measured, pool: Pool, segments: int = 20, draws: int = 2) -> dict[str, Any]:
-    """Return held-out losses after half the stored parameters are taken out by various rankings.
+    """Return held-out losses with a quarter of the stored parameters left, by various rankings.
 
     Nothing is trained afterwards. Each ranking had the gradients of one half of the pool, but for
     those of the fine integral, which had all of it.
@@ -130,31 +132,31 @@ def pruned(measured: Measured, pool: Pool, segments: int = 20, draws: int = 2) -
     count, layout = len(pool.grads), measured.rig.layout
     *compared, fine = estimators(measured.nodes, segments)
     best = pool.scores(fine, list(range(count)), 0)
-    rows: dict[str, list[float]] = {
+    rows: dict[str, list[dict[str, float]]] = {
         "nothing removed": [measured.pruned("nothing", {})],
-        "|λ|": [_half(measured, "|λ|", _lam(pool))],
+        "|λ|": [_remaining(measured, "|λ|", _lam(pool))],
     }
-    rows |= {f"fine, {form}": [_half(measured, form, best[form])] for form in _AT_BEST}
+    rows |= {f"fine, {form}": [_remaining(measured, form, best[form])] for form in _AT_BEST}
     everything = {target.name: list(range(layout.ranks[target.name])) for target in layout.targets}
     rows["all stored removed"] = [measured.pruned("everything", everything)]
     generator = torch.Generator().manual_seed(measured.settings.seed)
     orders = [torch.randperm(count, generator=generator).tolist() for _ in range(draws)]
     rows["random"] = [
-        _half(measured, "random", torch.rand(len(best["mean"]), generator=generator))
+        _remaining(measured, "random", torch.rand(len(best["mean"]), generator=generator))
         for _ in range(3)
     ]
     for first, form in _PRUNED:
         estimator = next(e for e in compared if e.name.startswith(first))
         looks = max(1, count // 2 // estimator.cost)
         rows[f"{estimator.name}, {form}"] = [
-            _half(measured, form, pool.scores(estimator, order[:looks], seed)[form])
+            _remaining(measured, form, pool.scores(estimator, order[:looks], seed)[form])
             for seed, order in enumerate(orders)
         ]
     return rows
 
 
-def _half(measured: Measured, form: str, scores: Tensor) -> float:
-    """The loss once directions are kept by score for half the stored parameters."""
+def _remaining(measured: Measured, form: str, scores: Tensor) -> dict[str, float]:
+    """The loss once directions are kept by score for a share of the stored parameters."""
     layout = measured.rig.layout
     split = scores.split([layout.ranks[target.name] for target in layout.targets])
     by_cost = form == "attribution"
@@ -162,8 +164,8 @@ def _half(measured: Measured, form: str, scores: Tensor) -> float:
         target.name: (part / target.cost if by_cost else part).tolist()
         for target, part in zip(layout.targets, split, strict=True)
     }
-    budget = sum(layout.ranks[target.name] * target.cost for target in layout.targets) // 2
-    kept = keep_directions(layout.targets, listed, budget)
+    whole = sum(layout.ranks[target.name] * target.cost for target in layout.targets)
+    kept = keep_directions(layout.targets, listed, int(KEPT * whole))
     removed = {
         target.name: [i for i in range(layout.ranks[target.name]) if i not in kept[target.name]]
         for target in layout.targets

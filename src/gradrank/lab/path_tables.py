@@ -111,10 +111,11 @@ def _convergence(found: Found) -> str:
                 part,
                 *(_number(errors[n]) for n in counts),
                 *(_interval(slopes[key]) for key in ("all", "from 4")),
+                f"{slopes['local'][-1]:.2f}",
                 _number(told["rounding"][part]),
             ]
         )
-    head = ["", *(f"N = {n}" for n in counts), "slope", "slope, N ≥ 4", "rounding"]
+    head = ["", *(f"N = {n}" for n in counts), "slope", "slope, N ≥ 4", "last pair", "rounding"]
     return markdown(head, rows)
 
 
@@ -244,11 +245,13 @@ def _removal(found: Found) -> str:
 
 def _pruned(found: Found) -> str:
     rows = found["pruned"]
-    order = sorted(rows, key=lambda name: sum(rows[name]) / len(rows[name]))
-    return markdown(
-        ("ranking", "held-out loss"),
-        [(name, ", ".join(f"{loss:.3f}" for loss in rows[name])) for name in order],
-    )
+    means = {n: sum(cell["above"] for cell in told) / len(told) for n, told in rows.items()}
+    cells = [
+        (name, ", ".join(f"{c['above']:.4f} ± {c['error']:.4f}" for c in rows[name]))
+        for name in sorted(rows, key=means.__getitem__)
+        if name != "nothing removed"
+    ]
+    return markdown(("ranking", "rise of the held-out loss, nats"), cells)
 
 
 def _later(found: Found) -> str:
