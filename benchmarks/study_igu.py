@@ -4,8 +4,9 @@ Usage: python -m benchmarks.study_igu [--quick] [--cache FOLDER] [--out FOLDER] 
 
 Trains an adapter in SVD form, measures its gradients along the path (kept in a folder, so that a
 second run is arithmetic only), and writes results/studies/igu-quadrature.json, the figures in
-docs/figures and the tables in docs/studies/igu-quadrature.md. About 25 minutes on two idle cores;
---quick takes a tiny random model and seconds, and is no evidence of anything.
+docs/figures and the tables in docs/studies/igu-quadrature.md. About 40 minutes on two busy cores,
+a quarter of it arithmetic. --quick takes a tiny random model and seconds, and is no evidence of
+anything.
 """
 
 import argparse

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from gradrank.adapters.surgery import EditReport as EditReport
     from gradrank.adapters.surgery import edit as edit
     from gradrank.callback import CapacityCallback as CapacityCallback
-    from gradrank.callback import prepare_trainer as prepare_trainer
     from gradrank.controller import Controller as Controller
     from gradrank.controller import reserve as reserve
     from gradrank.controller import settle as settle
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from gradrank.methods.reversed_order import Reversed as Reversed
     from gradrank.methods.uniform import Uniform as Uniform
     from gradrank.methods.waterfill import Waterfill as Waterfill
+    from gradrank.prepare import prepare_trainer as prepare_trainer
     from gradrank.record import RunRecord as RunRecord
     from gradrank.session import allocate as allocate
     from gradrank.session import apply as apply
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "gradrank.adapters.edits": ("Drop", "Grow", "Select", "Shrink"),
     "gradrank.adapters.surgery": ("EditReport", "edit"),
-    "gradrank.callback": ("CapacityCallback", "prepare_trainer"),
+    "gradrank.callback": ("CapacityCallback",),
     "gradrank.controller": ("Controller", "reserve", "settle"),
     "gradrank.adapters.export": ("ExportReport",),
     "gradrank.core.budget": ("Budget",),
@@ -97,6 +97,7 @@ _WHERE = {
     "gradrank.methods.reversed_order": ("Reversed",),
     "gradrank.methods.uniform": ("Uniform",),
     "gradrank.methods.waterfill": ("Waterfill",),
+    "gradrank.prepare": ("prepare_trainer",),
     "gradrank.record": ("RunRecord",),
     "gradrank.session": ("allocate", "apply", "export", "measure", "plan"),
     "gradrank.signals.measure": ("MeanGradient", "Spectrum"),

@@ -174,8 +174,8 @@ class Cubic:
             return budget
         if step <= self.warmup:
             return start
-        left = (self.last - step) / (self.last - self.warmup)
-        return budget + int((start - budget) * left**3)
+        left, whole = self.last - step, self.last - self.warmup
+        return budget + (start - budget) * left**3 // whole**3
 
     def check(self, what: str) -> None:
         """Refuse a schedule in which nothing would ever be decided, or by nothing.

@@ -18,7 +18,7 @@ from gradrank.signals.distributed import of_first_process
 from gradrank.signals.layers import find_sites, unwrapped
 from gradrank.signals.path import Branch
 from gradrank.signals.replay import LossFunction
-from gradrank.signals.scoring import PathScorer, scorer_for
+from gradrank.signals.scoring import scorer_for
 from gradrank.signals.sensitivity import Observation, in_use
 from gradrank.signals.window import Window
 
@@ -234,8 +234,7 @@ class DirectionWatch:
     def pause(self) -> None:
         """Take the hooks off the factors, which no edit would leave behind."""
         self._looking = False
-        if isinstance(self._scorer, PathScorer):
-            self._scorer.close()
+        self._scorer.pause()
 
     def decide(self, ranks: Mapping[str, int], allowed: int) -> tuple[Decision, dict[str, Edit]]:
         """Return which directions stay, and edits that take the others away."""
@@ -273,12 +272,12 @@ class DirectionWatch:
         self._scorer.close()
 
     def state(self) -> dict[str, Tensor]:
-        """Return how many points of the path were drawn."""
-        return {"scorer/index": torch.tensor([self._scorer.index])}
+        """Return how many points of the path were drawn, and how many looks were left out."""
+        return {"scorer/counts": torch.tensor([self._scorer.index, self.left_out])}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`state` returned."""
-        self._scorer.index = int(state["scorer/index"].sum())
+        self._scorer.index, self.left_out = (int(n) for n in state["scorer/counts"].tolist())
         self._found = None
 
 

@@ -20,11 +20,14 @@ from gradrank.methods.course import DirectionCourse, DynamicMethod
 from gradrank.methods.method import build
 
 NAMES = [name for name in gr.METHODS if isinstance(build(gr.METHODS[name], {}), DynamicMethod)]
-STEPS, BUDGET = pruning_cases.STEPS, pruning_cases.BUDGET
+STEPS, RANK, BUDGET = pruning_cases.STEPS, 4, "uniform:4"
 # What a run of twelve steps needs; a method that is not here is examined with its defaults.
 OPTIONS: dict[str, Mapping[str, Any]] = {
     "gard-dynamic": dynamic_cases.OPTIONS,
-    **{name: pruning_cases.COMMON | more for name, more in pruning_cases.OPTIONS.items()},
+    **{
+        name: pruning_cases.COMMON | more | {"initial_rank": 2 * RANK}
+        for name, more in pruning_cases.OPTIONS.items()
+    },
 }
 
 
@@ -43,7 +46,7 @@ def prunes(model: Any, method: Any) -> bool:
 
 
 def started(method: Any, case: str = "llama", seed: int = 0) -> tuple[Any, Any, gr.Controller]:
-    model = adapted(case, rank=2)
+    model = adapted(case, rank=RANK)
     if prunes(model, method):
         gr.reserve(model, method, BUDGET)
     optimizer = adamw(model)

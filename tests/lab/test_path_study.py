@@ -14,7 +14,7 @@ from gradrank.lab.path_collect import QUICK, Kept, Measured, StudySize
 from gradrank.lab.path_measure import PathSettings, Rig
 from gradrank.lab.path_scores import FORMS, Pool, estimators, split_half
 from gradrank.lab.path_tables import markdown, refresh, tables
-from gradrank.methods.pruning import ElementImportance
+from gradrank.methods.importance import ElementImportance
 from gradrank.ops import quadrature
 from gradrank.report.figures_study import study_figures
 from gradrank.signals.path import at_point

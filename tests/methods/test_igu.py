@@ -13,9 +13,9 @@ from torch import Tensor
 import gradrank as gr
 from dynamic_cases import adapted
 from gradrank.methods.course import DirectionCourse
+from gradrank.methods.importance import ElementImportance
 from gradrank.methods.method import build
-from gradrank.methods.pruning import ElementImportance
-from gradrank.signals.sensitivity import PathGradient, RandomScale
+from gradrank.signals.sensitivity import Observation, PathGradient, RandomScale
 from methods.importance_cases import (
     RANKS,
     TARGETS,
@@ -86,10 +86,12 @@ def course(budget: int = 40, steps: int = 100, **options: Any) -> Any:
 
 def test_defaults_are_the_papers_where_it_has_any() -> None:
     made = gr.Igu()
-    assert (made.segments, made.beta1, made.beta2, made.combine) == (20, 0.85, 0.85, "ratio")
+    assert (made.beta1, made.beta2, made.combine) == (0.85, 0.85, "ratio")
     found = course()
     assert isinstance(found, DirectionCourse)
-    assert found.sensitivity == PathGradient("unbiased", 20, "drawn", 1)
+    assert found.sensitivity == PathGradient("unbiased", 8, "drawn", 1)
+    for options in ({"endpoints": "always"}, {"estimator": "stochastic"}, {"estimator": "grid"}):
+        assert course(**options).sensitivity.segments == 20
     assert (found.schedule.score_every, found.schedule.warmup, found.schedule.final) == (10, 10, 30)
     assert found.whole_penalty
     assert not found.restarts
@@ -437,3 +439,16 @@ def test_options_as_text_make_the_same_run() -> None:
     assert build(gr.Igu, text) == method("igu")
     one, other = run(method("igu"))[1], run(build(gr.Igu, text))[1]
     assert timeless(one) == timeless(other)
+
+
+def test_a_score_averages_a_whole_round_where_single_points_are_drawn() -> None:
+    grads = {
+        t.name: {"A": torch.ones(2, t.d_in), "B": torch.ones(t.d_out, 2), "lam": torch.ones(2)}
+        for t in TARGETS
+    }
+    for options, looks in (({}, 8), ({"aggregate": 3}, 3), ({"estimator": "grid"}, 1)):
+        found = course(**options)
+        for _ in range(looks):
+            assert not any(key.startswith("mean/") for key in found.state())
+            found.take(Observation(grads, grads))
+        assert any(key.startswith("mean/") for key in found.state())

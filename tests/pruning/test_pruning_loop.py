@@ -13,6 +13,7 @@ from torch.nn import functional
 import gradrank as gr
 from dynamic_cases import adamw, adapted, adapter_weights, data, same_tensors
 from gradrank.adapters.view import lora_sites
+from gradrank.capacity import CapacityRun
 from pruning.pruning_runs import (
     BUDGET,
     DUE,
@@ -388,6 +389,24 @@ def test_steps_that_a_gradient_scaler_skips_count_for_nothing(name: str) -> None
     assert [entry["step"] for entry in controller.run.decisions] == DUE
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert controller.run.parameters <= controller.run.budget
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_trainers_step_that_was_skipped_does_not_block_a_pruning(name: str) -> None:
+    """The Trainer counts steps that its gradient scaler skips, also where one is looked at."""
+    method = pruning(name)
+    model, optimizer = reserved(method)
+    run = CapacityRun(model, optimizer, method, BUDGET, STEPS)
+    run.before_step(1)
+    for step, batch in enumerate(data(count=STEPS), 1):
+        model(**batch).loss.backward()
+        if step not in DUE:
+            optimizer.step()
+        run.after_step(step)
+        optimizer.zero_grad()
+    run.close()
+    assert [entry["step"] for entry in run.decisions] == DUE
+    assert run.parameters <= run.budget
 
 
 def test_training_that_diverged_is_refused_at_the_next_pruning() -> None:

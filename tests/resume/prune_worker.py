@@ -33,10 +33,10 @@ METHODS: dict[str, Any] = {
 }
 # Steps: before the first pruning, at one (4 is in mid-aggregate of igu), after the last.
 POINTS = {
-    "igu": (("step", 2), ("sidecar-half", 3), ("step", 4), ("step", 5), ("marker", 5), ("step", 8)),
+    "igu": (("step", 2), ("sidecar-half", 3), ("step", 4), ("step", 8)),
     "as-code": (("step", 4), ("sidecar-half", 6)),
-    "igu-direction": (("step", 4), ("sidecar-half", 6)),
-    "adalora": (("step", 4), ("sidecar-half", 6)),
+    "igu-direction": (("step", 4),),
+    "adalora": (("step", 5),),
 }
 
 

@@ -173,9 +173,13 @@ class Singular(Masked):
         return weight.detach() if self.mask is None else self.narrowed(weight, 1)
 
     def parts(self, value: Tensor, **learned: Tensor) -> dict[str, Tensor]:
-        """Return learned tensors that compose to a stored weight."""
-        # One factor alone has no singular values, but λ = 1 and P = B are the same function.
+        """Return learned tensors that compose to a stored weight; those that do already stay."""
         P = learned["original"]
+        present = self.compact(self.compose(**learned))
+        if present.shape == value.shape and torch.equal(present, value.to(present)):
+            # A resumed run has P and λ from its sidecar; the plain save says nothing new.
+            return {"original": P.detach(), "0.lam": learned["0.lam"].detach()}
+        # One factor alone has no singular values, but λ = 1 and P = B are the same function.
         lam = torch.ones_like(learned["0.lam"], dtype=value.dtype, device=value.device)
         if self.mask is None:
             same_shape(value, P)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradrank.lab.path_layout import Layout
 from gradrank.lab.path_study import exact_weights, weights_of
-from gradrank.methods.pruning import ElementImportance
+from gradrank.methods.importance import ElementImportance
 from gradrank.ops.agreement import spearman
 from gradrank.ops.quadrature import Rule
 from gradrank.ops.sketch import seed_of

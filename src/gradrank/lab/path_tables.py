@@ -22,6 +22,7 @@ def tables(found: Found) -> dict[str, str]:
         "convergence": _convergence,
         "completeness": _completeness,
         "noise": _noise,
+        "noise-kinds": _noise_kinds,
         "slopes": _slopes,
         "bias": _bias,
         "cost-directions": lambda f: _cost(f["cost"]["λ"]),
@@ -152,6 +153,20 @@ def _noise(found: Found) -> str:
         "points x mini-batches",
     ]
     return markdown([*head, "M where noise = bias"], rows)
+
+
+def _noise_kinds(found: Found) -> str:
+    """The one-point estimator's components, of every kind of elements."""
+    rows = []
+    for kind, told in found["noise"].items():
+        name = next(name for name in told if name.startswith("unbiased drawn"))
+        c = told[name]
+        points = c["alpha"] + c["both"]
+        shares = (points / (points + c["data"]), c["alpha"] / points)
+        cells = [_number(c[key]) for key in ("data", "alpha", "both")]
+        rows.append([kind, *cells, *(f"{100 * share:.0f} %" for share in shares)])
+    head = ("", "mini-batches", "points, shared", "points x mini-batches")
+    return markdown((*head, "share of the points", "of that, shared"), rows)
 
 
 def _slopes(found: Found) -> str:

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import PrinterCallback
 
 from gradrank.adapters import apply as adapters
-from gradrank.callback import prepare_trainer
 from gradrank.core.errors import GradrankError, OptionError
 from gradrank.lab.checkpoints import check_same_adapter, last_complete, read_state
 from gradrank.lab.encode import TaskData, size_of
@@ -18,6 +17,7 @@ from gradrank.lab.evaluate import Evaluation, evaluate, without_cache
 from gradrank.lab.memory import PeakMemory
 from gradrank.lab.settings import TrainSettings, autocast_dtype, trainer_arguments
 from gradrank.lab.trainer import RunTrainer, Steps, Stopper
+from gradrank.prepare import prepare_trainer
 
 Progress = Callable[[int, int, float, float], None]
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradrank.core.targets import Target
+from gradrank.methods.importance import ElementImportance
 from gradrank.methods.method import option, require
-from gradrank.methods.pruning import ElementImportance, PruningCourse, PruningOptions
+from gradrank.methods.pruning import PruningCourse, PruningOptions
 from gradrank.signals.sensitivity import TrainingGradient
 
 

@@ -5,12 +5,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradrank.core.targets import Target
+from gradrank.methods.importance import ElementImportance
 from gradrank.methods.method import option, require
-from gradrank.methods.pruning import ElementImportance, PruningCourse, PruningOptions
+from gradrank.methods.pruning import PruningCourse, PruningOptions
 from gradrank.ops.uncertainty import COMBINATIONS
 from gradrank.signals.sensitivity import ENDPOINTS, RULES, PathGradient, RandomScale, Sensitivity
 
 _AS_CODE = "as-code"
+_SEGMENTS = 20
+# A score's deviation is to measure the data and not the path: a score then averages as many looks
+# as there are segments, each of which is visited once (docs/studies/igu-quadrature.md).
+_TOGETHER = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +39,13 @@ class Igu(PruningOptions):
     source: ClassVar[str] = "IGU-LoRA, equations 3 to 11"
 
     estimator: str = option("unbiased", "'grid', 'stochastic', 'unbiased' or 'as-code'")
-    segments: int = option(20, "segments N of the path")
+    segments: int | None = option(
+        None, "segments N of the path; none: 20, and 8 where a single point is drawn"
+    )
     score_every: int | None = option(None, "steps between looks; none: 10, as-code: 1")
-    aggregate: int = option(1, "looks M that one score averages")
+    aggregate: int | None = option(
+        None, "looks M that one score averages; none: 1, and 8 where a single point is drawn"
+    )
     micro_batches: int = option(1, "micro-batches of a step that are looked at, the last ones")
     endpoints: str = option("drawn", "of 'unbiased': 0 and 1 are 'drawn' too, or 'always' taken")
     beta1: float = option(0.85, "smoothing of scores, in [0, 1)")
@@ -52,15 +61,16 @@ class Igu(PruningOptions):
         rules = {
             "estimator": (self.estimator in known, f"one of {', '.join(known)}"),
             "segments": (
-                self.segments >= (2 if self.estimator in {"stochastic", "unbiased"} else 1),
-                "1 or more, and 2 or more where an interior point is drawn",
+                self.segments is None
+                or self.segments >= (2 if self.estimator in {"stochastic", "unbiased"} else 1),
+                "1 or more, and 2 or more where an interior point is drawn, or none",
             ),
             "score_every": (
                 self.score_every is None
                 or (self.score_every >= 1 and not (code and self.score_every > 1)),
                 "1 or more (as-code: 1, it looks at every step), or none",
             ),
-            "aggregate": (self.aggregate >= 1, "1 or more"),
+            "aggregate": (self.aggregate is None or self.aggregate >= 1, "1 or more, or none"),
             "micro_batches": (self.micro_batches >= 1, "1 or more"),
             "endpoints": (self.endpoints in ENDPOINTS, " or ".join(map(repr, ENDPOINTS))),
             "beta1": (0 <= self.beta1 < 1, "in [0, 1)"),
@@ -90,8 +100,9 @@ class Igu(PruningOptions):
             self.combine,
             1e-6 if code else self.eps,
             in_both=code,
-            lam_by_size=not code,
-            aggregate=self.aggregate,
+            # Beside products of sensitivities, |lambda| would decide alone.
+            lam_by_size=not code and self.combine == "ratio",
+            aggregate=self.aggregate or (_TOGETHER if self._draws_one else 1),
             signed=self.signed,
         )
         signal = self._signal()
@@ -99,7 +110,13 @@ class Igu(PruningOptions):
         course.whole_penalty = course.whole_penalty and not code
         return course
 
+    @property
+    def _draws_one(self) -> bool:
+        """Whether a look takes the gradient at a single point of the whole grid."""
+        return self.estimator == "unbiased" and self.endpoints == "drawn"
+
     def _signal(self) -> Sensitivity:
+        segments = self.segments or (_TOGETHER if self._draws_one else _SEGMENTS)
         if self.estimator == _AS_CODE:
-            return RandomScale(self.segments)
-        return PathGradient(self.estimator, self.segments, self.endpoints, self.micro_batches)
+            return RandomScale(segments)
+        return PathGradient(self.estimator, segments, self.endpoints, self.micro_batches)

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from gradrank.core.errors import MeasurementError
 
 FACTORS = ("A", "B", "lam")
+_REENTRANT = (
+    "reentrant activation checkpointing cannot give the gradients of a scoring pass. Train with "
+    "gradient_checkpointing_kwargs={'use_reentrant': False}."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +130,9 @@ def gradients(
     except RuntimeError as error:
         if "heckpoint" not in str(error):
             raise
-        raise MeasurementError(
-            "reentrant activation checkpointing cannot give the gradients of a scoring pass. Train "
-            "with gradient_checkpointing_kwargs={'use_reentrant': False}."
-        ) from error
+        raise MeasurementError(_REENTRANT) from error
+    if any(grad is None for grad in found) and _reentrant(loss):
+        raise MeasurementError(_REENTRANT)
     if all(grad is None for grad in found):
         raise MeasurementError(
             f"the loss depends on none of the {len(branches)} adapters. Check that the model that "
@@ -140,3 +143,17 @@ def gradients(
         for tensor, grad in zip(wanted, found, strict=True)
     )
     return {branch.name: {factor: next(filled) for factor in factors} for branch in branches}
+
+
+def _reentrant(loss: Tensor) -> bool:
+    """Whether a reentrant checkpoint, which hides its parameters, is in a loss's graph."""
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        left += [following for following, _ in node.next_functions]
+    return False

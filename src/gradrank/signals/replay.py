@@ -91,6 +91,8 @@ class Replay:
         self._model, self._loss_function = model, loss_function
         self._handles: list[RemovableHandle] = []
         self._replaying = False
+        # Micro-batches whose losses have been gone back from since the last call of the model.
+        self._behind_now: list[MicroBatch] = []
         self.batches: deque[MicroBatch] = deque(maxlen=size)
 
     def open(self, shared: Mapping[tuple[str, str], Tensor] | None = None) -> None:
@@ -166,6 +168,7 @@ class Replay:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._passes_by(module):
             return
+        self._behind_now = []
         kind = next((p.device.type for p in self._model.parameters()), "cpu")
         enabled = torch.is_autocast_enabled(kind)
         autocast = (kind, enabled, torch.get_autocast_dtype(kind))
@@ -182,15 +185,18 @@ class Replay:
 
         def scale(grad: Tensor) -> None:
             batch.scale = float(grad)
+            self._behind_now.append(batch)
 
         loss.register_hook(scale)
 
     def _keep(self, key: tuple[str, str]) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
-            if not self._replaying and self.batches:
+            found = self._behind_now
+            # Of several losses in one backward pass nobody can tell which gradient is whose.
+            if not self._replaying and found and all(batch is found[0] for batch in found):
                 # A copy: autograd keeps the tensor itself as .grad, to which further micro-batches
                 # are added and which is unscaled, clipped and averaged in place.
-                self.batches[-1].grads[key] = grad.detach().clone()
+                found[0].grads[key] = grad.detach().clone()
 
         return hook
 

@@ -52,6 +52,9 @@ class Scorer:
         """The optimizer has made its step, and the gradients are still there."""
         return None
 
+    def pause(self) -> None:
+        """Leave the factors alone until the next step that is looked at: they will be replaced."""
+
     def close(self) -> None:
         """Remove every hook; safe to call twice."""
 
@@ -193,6 +196,10 @@ class PathScorer(Scorer):
             passes,
             loss if self._signal.losses else None,
         )
+
+    def pause(self) -> None:
+        """Remove the hooks, which are on the factors, and forget the micro-batches."""
+        self.close()
 
     def close(self) -> None:
         """Remove every hook and forget the micro-batches; safe to call twice."""
