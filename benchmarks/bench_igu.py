@@ -7,6 +7,7 @@ on with every step), so that a slow minute of the machine hits all of them. Vari
 
 - uniform        LoRA of the final budget (baseline)
 - igu            ours, estimator unbiased, one scoring pass every 10 steps (--score-every)
+- igu-quarter    the same, with scoring passes over a quarter of the batch
 - igu-as-code    what the published code does: adapter scaled at random, scored at every step
 - adalora        AdaLoRA's rule on our engine
 - peft-adalora   PEFT's own, scale matched, driven as PEFT asks
@@ -48,6 +49,7 @@ from gradrank.session import find_targets
 SCALING = 2.0  # that of bench_dynamic.lora
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "igu": ("igu", {"estimator": "unbiased"}),
+    "igu-quarter": ("igu", {"estimator": "unbiased", "rows": 0.25}),
     "igu-as-code": ("igu", {"estimator": "as-code"}),
     "adalora": ("adalora", {}),
 }
@@ -105,7 +107,7 @@ def _uniform(args: argparse.Namespace) -> Variant:
 def _ours(name: str, args: argparse.Namespace) -> Variant:
     method, options = OURS[name]
     options = options | schedule(args) | {"initial_rank": args.initial_rank}
-    if name == "igu":  # the others score at every step
+    if name in {"igu", "igu-quarter"}:  # the others score at every step
         options["score_every"] = args.score_every
     model = lora(args.model, args.rank)
     gr.reserve(model, method, f"uniform:{args.rank}", options=options)

@@ -46,6 +46,7 @@ OWN: list[tuple[str, list[Any], str]] = [
     ("score_every", [0, -1], "1 or more"),
     ("aggregate", [0], "1 or more"),
     ("micro_batches", [0], "1 or more"),
+    ("rows", [0.0, -0.5, 1.5, float("nan")], r"in \(0, 1\]"),
     ("endpoints", ["never"], "'drawn' or 'always'"),
     ("beta1", [-0.1, 1.0, float("nan")], r"in \[0, 1\)"),
     ("beta2", [-0.1, 1.0, float("nan")], r"in \[0, 1\)"),

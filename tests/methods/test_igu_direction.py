@@ -31,6 +31,7 @@ REFUSED: list[tuple[str, list[Any], str]] = [
     ("score_every", [0], "1 or more"),
     ("micro_batches", [0], "1 or more"),
     ("endpoints", ["never"], "'drawn' or 'always'"),
+    ("rows", [0.0, -0.5, 1.5, float("nan")], r"in \(0, 1\]"),
     ("beta", [-0.1, 1.0, float("nan")], r"in \[0, 1\)"),
     ("tolerance", [0.0, -1.0, float("nan")], "above 0"),
     ("initial_rank", [0], "1 or more, or none"),

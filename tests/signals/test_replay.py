@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cases import CASES, batches
 from gradrank.core.errors import MeasurementError
+from gradrank.signals import replay as replay_module
 from gradrank.signals.path import FACTORS, at_point, gradients
 from gradrank.signals.replay import Replay, is_finite
 from signals.path_cases import UNIT, branches, of_case, polynomial
@@ -326,3 +327,37 @@ def test_finite_is_finite() -> None:
     assert is_finite([])
     for bad in (float("nan"), float("inf"), float("-inf")):
         assert not is_finite([*fine, torch.tensor([0.0, bad])])
+
+
+# --- a part of the rows --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.5, 2), (0.3, 2), (0.01, 1), (1.0, 4)])
+def test_a_share_of_the_rows_gives_the_loss_of_these_rows(share: float, kept: int) -> None:
+    model, _ = of_case("llama", double=False)
+    model.eval()
+    batch = {key: torch.cat([BATCHES[0][key], BATCHES[1][key]])[:4] for key in BATCHES[0]}
+    assert batch["input_ids"].shape[0] == 4
+    model.train()
+    replay = Replay(model, rows=share)
+    replay.open()
+    model(**batch, num_items_in_batch=None).loss.backward()
+    replay.close()
+    first = {key: value[:kept] for key, value in batch.items()}
+    state = torch.get_rng_state()
+    with replay.undisturbed():
+        found = replay.loss(replay.batches[0])
+    torch.set_rng_state(replay.batches[0].random[0])
+    want = model(**first).loss
+    torch.set_rng_state(state)
+    assert torch.equal(found, want)
+    assert kept == 4 or not torch.equal(found, model(**batch).loss)
+
+
+def test_rows_are_cut_in_positional_and_nested_arguments_and_nowhere_else() -> None:
+    args = (torch.zeros(4, 2), [torch.ones(4), torch.ones(3)], "text")
+    kwargs = {"deep": {"x": torch.ones(4, 1)}, "whole": torch.ones(1, 4), "n": torch.tensor(4)}
+    cut, named = replay_module._first_rows((args, kwargs), 0.5)
+    assert [cut[0].shape[0], cut[1][0].shape[0], cut[1][1].shape[0], cut[2]] == [2, 2, 3, "text"]
+    assert [named["deep"]["x"].shape[0], named["whole"].shape[1], int(named["n"])] == [2, 4, 4]
+    assert replay_module._first_rows(((), {"n": 3}), 0.5) == ((), {"n": 3})

@@ -639,3 +639,18 @@ def test_as_code_draws_differ_between_processes(monkeypatch: pytest.MonkeyPatch)
             as_process(patch, rank, 2)
             halves.append(alphas(20, 3, 6))
     assert [a for pair in zip(*halves, strict=True) for a in pair] == alone
+
+
+def test_a_share_of_the_rows_is_the_estimate_of_these_rows_and_shares_no_pass() -> None:
+    model, _ = of_case("llama", double=False)
+    rows = {key: torch.cat([BATCHES[0][key], BATCHES[1][key]])[:4] for key in BATCHES[0]}
+    half = {key: value[:2] for key, value in rows.items()}
+    model.eval()  # dropout falls on other units where there are fewer rows
+    for module in model.modules():
+        module.training = module is model
+    seen = look(path_scorer(model, PathGradient("grid", 2, rows=0.5)), model, rows)
+    want = look(path_scorer(model, PathGradient("grid", 2)), model, half)
+    whole = look(path_scorer(model, PathGradient("grid", 2)), model, rows)
+    assert (seen.passes, want.passes) == (3, 2)
+    assert close(seen.gradients, want.gradients)
+    assert not close(seen.gradients, whole.gradients)

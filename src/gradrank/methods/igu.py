@@ -47,6 +47,7 @@ class Igu(PruningOptions):
         None, "looks M that one score averages; none: 1, and 8 where a single point is drawn"
     )
     micro_batches: int = option(1, "micro-batches of a step that are looked at, the last ones")
+    rows: float = option(1.0, "share of a micro-batch's rows that passes look at, in (0, 1]")
     endpoints: str = option("drawn", "of 'unbiased': 0 and 1 are 'drawn' too, or 'always' taken")
     beta1: float = option(0.85, "smoothing of scores, in [0, 1)")
     beta2: float = option(0.85, "smoothing of their deviation, in [0, 1)")
@@ -72,6 +73,7 @@ class Igu(PruningOptions):
             ),
             "aggregate": (self.aggregate is None or self.aggregate >= 1, "1 or more, or none"),
             "micro_batches": (self.micro_batches >= 1, "1 or more"),
+            "rows": (0 < self.rows <= 1, "in (0, 1]"),
             "endpoints": (self.endpoints in ENDPOINTS, " or ".join(map(repr, ENDPOINTS))),
             "beta1": (0 <= self.beta1 < 1, "in [0, 1)"),
             "beta2": (0 <= self.beta2 < 1, "in [0, 1)"),
@@ -119,4 +121,6 @@ class Igu(PruningOptions):
         segments = self.segments or (_TOGETHER if self._draws_one else _SEGMENTS)
         if self.estimator == _AS_CODE:
             return RandomScale(segments)
-        return PathGradient(self.estimator, segments, self.endpoints, self.micro_batches)
+        return PathGradient(
+            self.estimator, segments, self.endpoints, self.micro_batches, rows=self.rows
+        )

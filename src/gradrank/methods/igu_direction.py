@@ -39,6 +39,7 @@ class IguDirection(PruningOptions):
     segments: int = option(4, "segments N of the path")
     score_every: int = option(20, "steps between looks")
     micro_batches: int = option(1, "micro-batches of a step that are looked at, the last ones")
+    rows: float = option(1.0, "share of a micro-batch's rows that passes look at, in (0, 1]")
     endpoints: str = option("drawn", "of 'unbiased': 0 and 1 are 'drawn' too, or 'always' taken")
     beta: float = option(0.85, "smoothing of attributions, in [0, 1)")
     tolerance: float = option(0.1, "completeness gap, relative, above which a warning is given")
@@ -53,6 +54,7 @@ class IguDirection(PruningOptions):
             ),
             "score_every": (self.score_every >= 1, "1 or more"),
             "micro_batches": (self.micro_batches >= 1, "1 or more"),
+            "rows": (0 < self.rows <= 1, "in (0, 1]"),
             "endpoints": (self.endpoints in ENDPOINTS, " or ".join(map(repr, ENDPOINTS))),
             "beta": (0 <= self.beta < 1, "in [0, 1)"),
             "tolerance": (self.tolerance > 0, "above 0"),
@@ -78,6 +80,7 @@ class IguDirection(PruningOptions):
             self.micro_batches,
             factors=("lam",),
             losses=True,
+            rows=self.rows,
         )
         importance = Attributions(self.beta, self.tolerance)
         return PruningCourse(

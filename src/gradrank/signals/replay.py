@@ -7,6 +7,7 @@ one that training computes anyway.
 """
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,11 @@ class Replay:
     """
 
     def __init__(
-        self, model: nn.Module, size: int = 1, loss_function: LossFunction | None = None
+        self,
+        model: nn.Module,
+        size: int = 1,
+        loss_function: LossFunction | None = None,
+        rows: float = 1.0,
     ) -> None:
         """Prepare; nothing is remembered before :meth:`open`.
 
@@ -87,8 +92,9 @@ class Replay:
             loss_function: ``loss_function(model, batch)`` where the model does not return its own
                 loss; ``batch`` is what the model was called with, its named arguments or, if there
                 are none, its positional ones.
+            rows: Share of a micro-batch's rows that is remembered, the first ones, at least one.
         """
-        self._model, self._loss_function = model, loss_function
+        self._model, self._loss_function, self._rows = model, loss_function, rows
         self._handles: list[RemovableHandle] = []
         self._replaying = False
         # Micro-batches whose losses have been gone back from since the last call of the model.
@@ -172,6 +178,8 @@ class Replay:
         kind = next((p.device.type for p in self._model.parameters()), "cpu")
         enabled = torch.is_autocast_enabled(kind)
         autocast = (kind, enabled, torch.get_autocast_dtype(kind))
+        if self._rows < 1:
+            args, kwargs = _first_rows((args, kwargs), self._rows)
         self.batches.append(MicroBatch(args, dict(kwargs), _random_states(), autocast))
 
     def _behind(self, module: nn.Module, _args: Any, output: Any) -> None:
@@ -208,6 +216,37 @@ class Replay:
             or not module.training
             or not torch.is_grad_enabled()
         )
+
+
+def _first_rows(call: tuple[Any, Any], share: float) -> tuple[Any, Any]:
+    """The first rows of a call's arguments; what has another length than the batch stays whole."""
+    tensors = [t for part in call for t in _tensors(part) if t.dim()]
+    if not tensors:
+        return call
+    size = tensors[0].shape[0]
+    kept = max(1, math.ceil(share * size))
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:kept] if value.dim() and value.shape[0] == size else value
+        if isinstance(value, Mapping):
+            return {key: cut(item) for key, item in value.items()}
+        if type(value) in {list, tuple}:
+            return type(value)(cut(item) for item in value)
+        return value
+
+    return cut(call[0]), cut(call[1])
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif type(value) in {list, tuple}:
+        for item in value:
+            yield from _tensors(item)
 
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:

@@ -148,8 +148,9 @@ class PathScorer(Scorer):
         """
         super().__init__(branches)
         self._signal, self._seed = signal, seed
-        self._replay = Replay(model, signal.micro_batches, loss_function)
-        self._shares = loss_function is None
+        self._replay = Replay(model, signal.micro_batches, loss_function, signal.rows)
+        # Training's own gradient is that of all rows.
+        self._shares = loss_function is None and signal.rows == 1
 
     def before_step(self) -> None:
         """Begin to remember the coming step's micro-batches."""

@@ -45,6 +45,7 @@ class PathGradient:
         micro_batches: The last micro-batches of a step that are looked at.
         factors: Which factors' gradients.
         losses: Whether the loss at both ends of the path is wanted too.
+        rows: Share of a micro-batch's rows that passes look at, the first ones, in (0, 1].
     """
 
     rule: str
@@ -53,6 +54,7 @@ class PathGradient:
     micro_batches: int = 1
     factors: tuple[str, ...] = FACTORS
     losses: bool = False
+    rows: float = 1.0
 
     def draw(self, seed: int, index: int) -> quadrature.Rule:
         """Return the points of a micro-batch.
