@@ -256,7 +256,7 @@ def test_the_lab_trains_with_it(prepare, tmp_path):
     assert (outcome.status, outcome.message) == ("finished", "")
     assert [decision["step"] for decision in outcome.decisions] == DUE
     assert outcome.ranks_over_time[-1][1] == callback.final.ranks
-    assert outcome.adapter_parameters == callback.final.held
+    assert outcome.adapter_parameters == callback.start_parameters == callback.driver.peak
 
 
 def test_a_trainer_without_the_callback_is_noticed(tmp_path):

@@ -18,7 +18,7 @@ RANK = 2
 BUDGET = f"uniform:{RANK}"
 SHORT: dict[str, Any] = {"interval": 2, "warmup": 1, "final": 3}
 _LOOKS: dict[str, dict[str, Any]] = {
-    "igu": {"score_every": 1, "segments": 4},
+    "igu": {"score_every": 1, "segments": 4, "aggregate": 1},
     "as-code": {"estimator": "as-code", "segments": 4},
     "igu-direction": {"score_every": 1, "segments": 2, "tolerance": 1e6},
     "adalora": {},
