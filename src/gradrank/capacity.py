@@ -9,20 +9,20 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradrank.adapters import guard, sidecar
-from gradrank.adapters.edits import Edit, Select
+from gradrank.adapters import sidecar
 from gradrank.adapters.reserve import refit, restart
 from gradrank.adapters.surgery import EditReport, edit, parameters_in_use
-from gradrank.adapters.view import LoraSite, adapter_name, lora_sites, lora_targets, unsupported
+from gradrank.adapters.view import LoraSite, adapter_name, lora_sites, lora_targets
 from gradrank.core.budget import Budget
 from gradrank.core.errors import BudgetError, DataError, OptionError, SurgeryError
 from gradrank.core.targets import Target
 from gradrank.methods.course import Course, Decision, DirectionCourse, DynamicMethod
 from gradrank.ops.sketch import seed_of
+from gradrank.ready import check_ready, check_surplus
 from gradrank.record import finite
 from gradrank.session import base_parameters
 from gradrank.signals.distributed import is_distributed
-from gradrank.signals.layers import is_compiled, unwrapped
+from gradrank.signals.layers import unwrapped
 from gradrank.signals.replay import LossFunction
 from gradrank.signals.spectrum import under
 from gradrank.watch import Watch, watch_for
@@ -79,10 +79,11 @@ class CapacityRun:
         self.course: Course = method.course(targets, self.budget, total_steps)
         self.course.schedule.check(f"method '{method.name}'")
         self._targets = targets
-        self._check(model, optimizer)
+        check_ready(model, optimizer, self._adapter, self.course, method.name, self.budget)
         self.start_parameters = self.parameters
         if not resuming:
-            self._check_start()
+            one = sum(target.cost for target in targets)
+            check_surplus(self.course, method.name, self.start_parameters, self.budget, one)
         self._watch: Watch = watch_for(
             self.course, model, optimizer, targets, self._adapter, seed, loss_function
         )
@@ -141,76 +142,6 @@ class CapacityRun:
 
     def _sites(self) -> dict[str, LoraSite]:
         return lora_sites(self._model, self._adapter)
-
-    def _check(self, model: nn.Module, optimizer: Any) -> None:
-        """Refuse, before training starts, what could not be done while it runs."""
-        impossible = unsupported(model, self._adapter)
-        sites = self._sites()
-        if impossible:
-            name, why = next(iter(impossible.items()))
-            raise SurgeryError(
-                f"{len(impossible)} target(s) cannot take part: '{name}' {why}. Leave them out of "
-                "the adapter's target_modules."
-            )
-        if is_compiled(model):
-            raise SurgeryError(
-                "the model is compiled (torch.compile), and a compiled model sees neither hooks "
-                "that are set later nor, without compiling again, new shapes. Train it without "
-                "torch.compile, or use a static method."
-            )
-        fixed = guard.wrapping(model, optimizer)
-        plain = [name for name, site in sites.items() if not site.masked]
-        if fixed and plain:
-            raise SurgeryError(
-                f"this run keeps the shapes of parameters fixed ({fixed}), and {len(plain)} of "
-                f"{len(sites)} layers have no ranks reserved. Call gradrank.reserve(model, method, "
-                "budget) before the optimizer is made and the model is wrapped; with a Trainer, "
-                "pass CapacityCallback to its constructor or call gradrank.prepare_trainer first."
-            )
-        self._check_form(sites, fixed)
-        edits: dict[str, Edit] = {n: Select(tuple(range(s.rank))) for n, s in sites.items()}
-        guard.check(sites, edits, optimizer, model=model)
-        used = parameters_in_use(sites)
-        if used > self.course.allowed(0, used):
-            raise BudgetError(
-                f"the adapter has {used:,} parameters, more than the budget of {self.budget:,}. "
-                "Begin with lower ranks (gradrank.plan makes a fitting LoraConfig), or raise it."
-            )
-
-    def _check_start(self) -> None:
-        """Refuse a run with nothing to take away, such as one reserved for another budget."""
-        used, cost = self.start_parameters, sum(target.cost for target in self._targets)
-        if isinstance(self.course, DirectionCourse) and used <= self.budget:
-            raise BudgetError(
-                f"method '{self._method.name}' takes directions away until a budget of "
-                f"{self.budget:,} parameters holds, and the adapter has {used:,} to begin with "
-                f"(rank {used / cost:g} on average). Give gradrank.reserve the same method and "
-                "budget, or lower the budget."
-            )
-
-    def _check_form(self, sites: Mapping[str, LoraSite], fixed: str | None) -> None:
-        """Refuse layers that are not in the form that the course works on."""
-        prunes = isinstance(self.course, DirectionCourse)
-        wrong = [name for name, site in sites.items() if (site.form == "svd") != prunes]
-        name = self._method.name
-        if wrong and prunes:
-            raise SurgeryError(
-                f"method '{name}' trains P diag(lambda) Q, and {len(wrong)} of {len(sites)} layers "
-                f"('{wrong[0]}', ...) are plain. Call gradrank.reserve(model, '{name}', budget) "
-                "before the optimizer is made; with a Trainer, pass CapacityCallback to its "
-                "constructor."
-            )
-        if wrong:
-            raise SurgeryError(
-                f"method '{name}' works on plain LoRA factors, and {len(wrong)} layers "
-                f"('{wrong[0]}', ...) are in SVD form. Call gradrank.settle(model) first."
-            )
-        if prunes and fixed in {"FSDP", "DeepSpeed"}:
-            raise SurgeryError(
-                f"method '{name}' looks at whole gradients before each optimizer step, and {fixed} "
-                "shards them. Train under DistributedDataParallel or in one process, or use "
-                "'gard-dynamic'."
-            )
 
     def _decide(self, step: int) -> EditReport:
         started = time.perf_counter()
