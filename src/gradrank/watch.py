@@ -16,10 +16,11 @@ from gradrank.ops.many import many
 from gradrank.ops.orthogonality import penalty_gradient
 from gradrank.signals.distributed import of_first_process
 from gradrank.signals.layers import find_sites, unwrapped
-from gradrank.signals.path import Branch
+from gradrank.signals.path import RANK_AXIS, Branch
 from gradrank.signals.replay import LossFunction
 from gradrank.signals.scoring import scorer_for
 from gradrank.signals.sensitivity import Observation, in_use
+from gradrank.signals.spectrum import under
 from gradrank.signals.window import Window
 
 
@@ -124,10 +125,7 @@ class SpectrumWatch:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take up the window."""
-        prefix = "window/"
-        self._window.restore(
-            {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
-        )
+        self._window.restore(under(state, "window/"))
 
 
 class DirectionWatch:
@@ -218,7 +216,7 @@ class DirectionWatch:
                 tensor = branch.learned[factor]
                 if tensor.grad is not None:
                     used = in_use(branch, factor, tensor)
-                    grad = tensor.grad.narrow(int(factor == "B"), 0, branch.rank)
+                    grad = tensor.grad.narrow(RANK_AXIS[factor], 0, branch.rank)
                     pair = (used, grad) if factor == "A" else (used.mT, grad.mT)
                     alike.setdefault((pair[0].shape, grad.dtype, grad.device), []).append(pair)
         # Equal shapes together: a few large products, and not two small ones per factor.

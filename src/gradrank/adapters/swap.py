@@ -17,8 +17,9 @@ from gradrank.adapters.view import LoraSite, adapter_config, layer_alpha
 from gradrank.core.errors import SurgeryError
 from gradrank.ops.moments import Carry
 from gradrank.signals.layers import unwrapped
+from gradrank.signals.path import RANK_AXIS
 
-AXIS = {"A": 0, "B": 1, "lam": 0}
+AXIS = RANK_AXIS
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from gradrank.core.errors import MeasurementError, OptionError
 from gradrank.core.targets import Target
 from gradrank.ops.many import many
 from gradrank.ops.uncertainty import combine, smooth_all_
-from gradrank.signals.path import FACTORS
+from gradrank.signals.path import FACTORS, RANK_AXIS
 from gradrank.signals.sensitivity import Observation
 
-_RANK_AXIS = {"A": 0, "B": 1, "lam": 0}
 Key = tuple[str, str]
 
 
@@ -159,4 +158,4 @@ class ElementImportance:
 
 def _select(tensor: Tensor, factor: str, kept: tuple[int, ...]) -> Tensor:
     index = torch.tensor(kept, device=tensor.device, dtype=torch.long)
-    return tensor.index_select(_RANK_AXIS[factor], index)
+    return tensor.index_select(RANK_AXIS[factor], index)

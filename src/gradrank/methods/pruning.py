@@ -19,8 +19,6 @@ from gradrank.signals.sensitivity import Observation, Sensitivity
 
 AFTER = ("continue", "restart")
 INITS = ("svd", "keep")
-_RANK_AXIS = {"A": 0, "B": 1, "lam": 0}
-Key = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

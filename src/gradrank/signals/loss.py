@@ -26,14 +26,22 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
             f"a batch is a {type(batch).__name__}, not a mapping of model inputs. Give mappings "
             "with labels, or a loss_function(model, batch)."
         )
-    outputs = model(**batch)
-    loss = outputs.get("loss") if hasattr(outputs, "get") else getattr(outputs, "loss", None)
+    loss = loss_of(model(**batch))
     if loss is None:
         raise MeasurementError(
             f"the model gave no loss for a batch with the keys {sorted(batch.keys())}. Add "
             "'labels' to the batch, or give a loss_function(model, batch)."
         )
     return loss
+
+
+def loss_of(outputs: Any) -> Any:
+    """Return the loss in what a model returned, or None.
+
+    Args:
+        outputs: A mapping with ``loss``, an object with that attribute, or anything else.
+    """
+    return outputs.get("loss") if hasattr(outputs, "get") else getattr(outputs, "loss", None)
 
 
 def count_items(model: nn.Module, batch: Any) -> int:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from gradrank.core.errors import MeasurementError
 
 FACTORS = ("A", "B", "lam")
+# Along which axis a factor, and whatever is laid out like it, has its components.
+RANK_AXIS = {"A": 0, "B": 1, "lam": 0}
 _REENTRANT = (
     "reentrant activation checkpointing cannot give the gradients of a scoring pass. Train with "
     "gradient_checkpointing_kwargs={'use_reentrant': False}."

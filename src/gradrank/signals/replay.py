@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from gradrank.core.errors import MeasurementError
-from gradrank.signals.loss import model_loss
+from gradrank.signals.loss import loss_of, model_loss
 from gradrank.signals.path import Branch
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -186,7 +186,7 @@ class Replay:
         if self._passes_by(module) or not self.batches:
             return
         batch = self.batches[-1]
-        loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
+        loss = loss_of(output)
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return
         batch.loss = float(loss.detach())
@@ -264,7 +264,7 @@ def is_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def _own_loss(output: Any) -> Tensor:
-    loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
+    loss = loss_of(output)
     if loss is None:
         raise MeasurementError(
             f"the model returned a {type(output).__name__} without a loss, so that a scoring pass "

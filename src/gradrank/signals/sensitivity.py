@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradrank.ops import quadrature
 from gradrank.ops.sketch import seed_of
-from gradrank.signals.path import FACTORS, Branch
+from gradrank.signals.path import FACTORS, RANK_AXIS, Branch
 
 RULES = ("grid", "stochastic", "unbiased")
 ENDPOINTS = ("drawn", "always")
@@ -110,7 +110,7 @@ def in_use(branch: Branch, factor: str, tensor: Tensor) -> Tensor:
     Returns:
         A float32 tensor with ``branch.rank`` components.
     """
-    return tensor.detach().narrow(1 if factor == "B" else 0, 0, branch.rank).float()
+    return tensor.detach().narrow(RANK_AXIS[factor], 0, branch.rank).float()
 
 
 def weights_in_use(branches: Sequence[Branch], factors: Sequence[str]) -> Gradients:
