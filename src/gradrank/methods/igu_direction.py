@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
+from gradrank.methods.importance import check_seen, select
 from gradrank.methods.method import option, require
 from gradrank.methods.pruning import PruningCourse, PruningOptions
 from gradrank.signals.sensitivity import ENDPOINTS, Observation, PathGradient
@@ -113,17 +113,8 @@ class Attributions:
         self._since[2] += observation.loss_change or 0.0
 
     def scores(self, targets: Sequence[Target], lam: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what each direction is worth per parameter.
-
-        Raises:
-            MeasurementError: If no gradient was ever looked at.
-        """
-        if not self._smoothed:
-            raise MeasurementError(
-                "no mini-batch with finite gradients was looked at before the first pruning, so "
-                "that there is nothing to prune by. Lower the learning rate, or train in bfloat16 "
-                "or float32."
-            )
+        """Return what each direction is worth per parameter; refused if nothing was looked at."""
+        check_seen(bool(self._smoothed))
         return {
             t.name: -self._smoothed[t.name] / t.cost if t.name in lam else torch.zeros(0)
             for t in targets
@@ -135,8 +126,7 @@ class Attributions:
             if not kept:
                 self._smoothed.pop(name, None)
             elif name in self._smoothed:
-                held = self._smoothed[name]
-                self._smoothed[name] = held[torch.tensor(kept, device=held.device)]
+                self._smoothed[name] = select(self._smoothed[name], "lam", kept)
 
     def facts(self) -> dict[str, float]:
         """Return attributed and actual change of the loss since the last decision, and the gap."""

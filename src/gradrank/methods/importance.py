@@ -79,19 +79,10 @@ class ElementImportance:
         self._sums, self._count = {}, 0
 
     def scores(self, targets: Sequence[Target], lam: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a score per direction of every target.
-
-        Raises:
-            MeasurementError: If no gradient was ever looked at.
-        """
+        """Return a score per direction of every target; refused if nothing was looked at."""
         if not self._mean and self._sums:
             self._flush()
-        if not self._mean:
-            raise MeasurementError(
-                "no mini-batch with finite gradients was looked at before the first pruning, so "
-                "that there is nothing to prune by. Lower the learning rate, or train in bfloat16 "
-                "or float32."
-            )
+        check_seen(bool(self._mean))
         return {target.name: self._score(lam.get(target.name), target.name) for target in targets}
 
     def _score(self, lam: Tensor | None, name: str) -> Tensor:
@@ -116,7 +107,7 @@ class ElementImportance:
             for name, factor in [key for key in store if key[0] in keep]:
                 kept = keep[name]
                 if kept:
-                    store[name, factor] = _select(store[name, factor], factor, kept)
+                    store[name, factor] = select(store[name, factor], factor, kept)
                 else:
                     del store[name, factor]
 
@@ -156,6 +147,30 @@ class ElementImportance:
         return {"sum": self._sums, "mean": self._mean, "deviation": self._deviation}
 
 
-def _select(tensor: Tensor, factor: str, kept: tuple[int, ...]) -> Tensor:
+def check_seen(seen: bool) -> None:
+    """Refuse to prune by nothing.
+
+    Args:
+        seen: Whether any gradient was looked at.
+
+    Raises:
+        MeasurementError: If none was.
+    """
+    if not seen:
+        raise MeasurementError(
+            "no mini-batch with finite gradients was looked at before the first pruning, so "
+            "that there is nothing to prune by. Lower the learning rate, or train in bfloat16 "
+            "or float32."
+        )
+
+
+def select(tensor: Tensor, factor: str, kept: tuple[int, ...]) -> Tensor:
+    """Return the components of a tensor that stay.
+
+    Args:
+        tensor: Laid out like the factor.
+        factor: ``A``, ``B`` or ``lam``.
+        kept: Indices of the components.
+    """
     index = torch.tensor(kept, device=tensor.device, dtype=torch.long)
     return tensor.index_select(RANK_AXIS[factor], index)
