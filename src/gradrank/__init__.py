@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradrank.adapters.edits import Drop as Drop
     from gradrank.adapters.edits import Grow as Grow
+    from gradrank.adapters.edits import Partition as Partition
     from gradrank.adapters.edits import Select as Select
     from gradrank.adapters.edits import Shrink as Shrink
     from gradrank.adapters.export import ExportReport as ExportReport
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from gradrank.core.errors import PlanError as PlanError
     from gradrank.core.errors import SurgeryError as SurgeryError
     from gradrank.core.errors import TargetError as TargetError
+    from gradrank.core.partition import NeuronPartition as NeuronPartition
     from gradrank.core.plan import Plan as Plan
     from gradrank.core.plan import PlannedTarget as PlannedTarget
     from gradrank.core.targets import Target as Target
@@ -63,7 +65,7 @@ if TYPE_CHECKING:
     from gradrank.signals.measurement import Measurement as Measurement
 
 _WHERE = {
-    "gradrank.adapters.edits": ("Drop", "Grow", "Select", "Shrink"),
+    "gradrank.adapters.edits": ("Drop", "Grow", "Partition", "Select", "Shrink"),
     "gradrank.adapters.surgery": ("EditReport", "edit"),
     "gradrank.callback": ("CapacityCallback",),
     "gradrank.controller": ("Controller", "reserve", "settle"),
@@ -80,6 +82,7 @@ _WHERE = {
         "SurgeryError",
         "TargetError",
     ),
+    "gradrank.core.partition": ("NeuronPartition",),
     "gradrank.core.plan": ("Plan", "PlannedTarget"),
     "gradrank.core.targets": ("Target",),
     "gradrank.methods.adalora": ("AdaLora",),

@@ -198,3 +198,82 @@ class Cubic:
                 f"anything: importance is measured every {self.score_every} steps (score_every). "
                 "Lower score_every, or raise warmup or interval."
             )
+
+
+@dataclass(frozen=True, slots=True)
+class TwoStage:
+    """Looks every ``interval`` steps of a first stage, and one decision at its end.
+
+    Steps are optimizer steps, counted from 1: the first look is in step ``interval``.
+
+    Attributes:
+        total_steps: Steps of both stages together.
+        initial_steps: Steps of the first stage; the decision is taken after the last of them.
+        interval: Steps between looks (K).
+
+    Source:
+        PiLoRA, Algorithm 1, lines 5 to 7 and 14.
+    """
+
+    total_steps: int
+    initial_steps: int
+    interval: int
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "initial_steps", "interval"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+
+    @property
+    def decisions(self) -> tuple[int, ...]:
+        """The step after which the second stage begins, if there is one."""
+        return (self.initial_steps,) if self.initial_steps < self.total_steps else ()
+
+    @property
+    def looks(self) -> int:
+        """Number of looks before the decision."""
+        return self.initial_steps // self.interval
+
+    def decides(self, step: int) -> bool:
+        """Tell whether the second stage begins after a step.
+
+        Args:
+            step: The step.
+
+        Returns:
+            Whether it does.
+        """
+        return step in self.decisions
+
+    def observes(self, step: int) -> bool:
+        """Tell whether gradients are looked at in a step.
+
+        Args:
+            step: The step.
+
+        Returns:
+            Whether they are.
+        """
+        return step <= self.initial_steps and step % self.interval == 0
+
+    def check(self, what: str) -> None:
+        """Refuse stages of which one would be empty, or a decision that rests on nothing.
+
+        Args:
+            what: Who asks, for the message.
+
+        Raises:
+            OptionError: If there is no second stage, or no look in the first one.
+        """
+        if not self.decisions:
+            raise OptionError(
+                f"{what} would never reach its second stage: the first one takes "
+                f"{self.initial_steps} of {self.total_steps} steps (initial_steps). Lower it, or "
+                "train for more steps."
+            )
+        if not self.looks:
+            raise OptionError(
+                f"{what} would decide after step {self.initial_steps} without having looked at "
+                f"anything: gradients are looked at every {self.interval} steps (interval). Lower "
+                "interval, or raise initial_steps."
+            )

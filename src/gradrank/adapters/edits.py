@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gradrank.core.errors import OptionError
+from gradrank.core.partition import NeuronPartition
 
 SHRINK = ("svd", "norm")
+STARTS = ("restart", "warm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,4 +82,31 @@ class Drop:
     """Remove the adapter from a target for good; its update is lost."""
 
 
-Edit = Shrink | Grow | Drop | Select
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Split the output rows into two groups with ranks of their own.
+
+    Attributes:
+        split: Which rows are dominant, and both ranks. A group without rows, or with rank 0, gets
+            no adapter; if neither has one, the target is dropped.
+        start: What both groups begin with: ``restart``, new random rows of A beside B = 0 and no
+            memory in the optimizer (the paper), or ``warm``, the present update: rows of B are
+            kept where the rank stays, and elsewhere the group's update is cut to its rank by its
+            leading singular directions.
+
+    Raises:
+        OptionError: If ``start`` is unknown.
+
+    Source:
+        PiLoRA, section 3.3 and Algorithm 1, lines 14 to 18 (``restart``); ``warm`` is gradrank's.
+    """
+
+    split: NeuronPartition
+    start: str = "restart"
+
+    def __post_init__(self) -> None:
+        if self.start not in STARTS:
+            raise OptionError(f"Partition starts by 'restart' or 'warm', not by {self.start!r}.")
+
+
+Edit = Shrink | Grow | Drop | Select | Partition

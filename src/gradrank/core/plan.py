@@ -10,10 +10,11 @@ from typing import Any
 from gradrank.core.budget import Budget
 from gradrank.core.errors import PlanError
 from gradrank.core.files import read_json, write_json
+from gradrank.core.partition import Capacity, NeuronPartition
 from gradrank.core.targets import Target, cost_of_rank_one
 
 SCHEMA = "gradrank.plan/1"
-_RESERVED = frozenset({"rank", "d_in", "d_out", "kind", "parameters", "score"})
+_RESERVED = frozenset({"rank", "partition", "d_in", "d_out", "kind", "parameters", "score"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +23,49 @@ class PlannedTarget:
 
     Attributes:
         target: The module.
-        rank: Its LoRA rank; 0 means that the target carries no adapter.
+        rank: Its LoRA rank; 0 means that the target carries no adapter. Of a neuron partition
+            ``r + r'``, the rank of the stock LoRA that holds it.
         score: The method's score, in the method's unit; None for methods without one.
         details: Further columns of the method (effective rank, saturation, ...), plain data.
+        partition: How the output rows are split into two groups; None: they all have ``rank``.
     """
 
     target: Target
     rank: int
     score: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    partition: NeuronPartition | None = None
+
+    @classmethod
+    def of(
+        cls,
+        target: Target,
+        capacity: Capacity,
+        score: float | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> "PlannedTarget":
+        """Return what a capacity makes of a target; a partition of one group is a plain rank.
+
+        Args:
+            target: The module.
+            capacity: A rank, or a neuron partition.
+            score: The method's score.
+            details: Further columns.
+
+        Returns:
+            The planned target.
+        """
+        known = dict(details or {})
+        if isinstance(capacity, int):
+            return cls(target, capacity, score, known)
+        split = capacity if capacity.is_split else None
+        return cls(target, capacity.lora_rank, score, known, split)
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters, ``rank * (d_in + d_out)``."""
+        """Trainable parameters, ``rank * (d_in + d_out)`` or those of the partition."""
+        if self.partition is not None:
+            return self.partition.parameters(self.target.d_in)
         return self.rank * self.target.cost
 
 
@@ -79,6 +110,11 @@ class Plan:
         return {planned.target.name: planned.rank for planned in self.targets}
 
     @property
+    def partitions(self) -> dict[str, NeuronPartition]:
+        """Neuron partition per target name, of those targets that have one."""
+        return {p.target.name: p.partition for p in self.targets if p.partition is not None}
+
+    @property
     def scores(self) -> dict[str, float | None]:
         """Score per target name, in the method's unit."""
         return {planned.target.name: planned.score for planned in self.targets}
@@ -106,7 +142,7 @@ class Plan:
         return max(1, round(self.budget_parameters / whole)) if whole else 1
 
     def diff(self, other: "Plan") -> dict[str, tuple[int, int]]:
-        """Return the targets whose rank differs.
+        """Return the targets whose rank differs (``partitions`` tells which rows have it).
 
         Args:
             other: Plan to compare with; a target that one plan lacks counts as rank 0 there.
@@ -221,16 +257,41 @@ def _check_rank(planned: PlannedTarget) -> None:
     name, rank = planned.target.name, planned.rank
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
         raise PlanError(f"target '{name}' has rank {rank!r}; a rank is a whole number, 0 or more.")
-    if rank > planned.target.max_rank:
+    if planned.partition is not None:
+        _check_partition(planned, planned.partition)
+    elif rank > planned.target.max_rank:
         raise PlanError(
             f"target '{name}' has rank {rank}, above min(d_in, d_out) = "
             f"{planned.target.max_rank}; more adds parameters but no directions."
         )
 
 
+def _check_partition(planned: PlannedTarget, partition: NeuronPartition) -> None:
+    target = planned.target
+    if partition.d_out != target.d_out or not partition.is_split:
+        raise PlanError(
+            f"target '{target.name}' has {target.d_out} output rows, and its partition splits "
+            f"{partition.dominant_rows} of {partition.d_out} off. A partition has as many rows as "
+            "the target and two groups; otherwise give a rank alone."
+        )
+    if planned.rank != partition.lora_rank:
+        raise PlanError(
+            f"target '{target.name}' has rank {planned.rank}, but its partition needs "
+            f"{partition.lora_rank} (r = {partition.rank}, r' = {partition.supplementary_rank})."
+        )
+    if max(partition.rank, partition.supplementary_rank) > target.max_rank:
+        raise PlanError(
+            f"target '{target.name}' has a partition with ranks {partition.rank} and "
+            f"{partition.supplementary_rank}, above min(d_in, d_out) = {target.max_rank}; more "
+            "adds parameters but no directions."
+        )
+
+
 def _target_to_dict(planned: PlannedTarget) -> dict[str, Any]:
+    split = {"partition": planned.partition.to_dict()} if planned.partition is not None else {}
     return {
         "rank": planned.rank,
+        **split,
         "d_in": planned.target.d_in,
         "d_out": planned.target.d_out,
         "kind": planned.target.kind,
@@ -245,7 +306,7 @@ def _target_from_dict(name: str, data: Mapping[str, Any]) -> PlannedTarget:
     d_out = _whole(data["d_out"], f"targets.{name}.d_out")
     if d_in < 1 or d_out < 1:
         raise PlanError(f"target '{name}' has the impossible shape {d_out} x {d_in}.")
-    score = data.get("score")
+    score, split = data.get("score"), data.get("partition")
     if score is not None and (isinstance(score, bool) or not math.isfinite(float(score))):
         raise PlanError(f"target '{name}' has the score {score!r}, which is no finite number.")
     return PlannedTarget(
@@ -253,6 +314,7 @@ def _target_from_dict(name: str, data: Mapping[str, Any]) -> PlannedTarget:
         rank=_whole(data["rank"], f"targets.{name}.rank"),
         score=None if score is None else float(score),
         details={key: value for key, value in data.items() if key not in _RESERVED},
+        partition=None if split is None else NeuronPartition.from_dict(split),
     )
 
 

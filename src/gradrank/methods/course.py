@@ -6,9 +6,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from gradrank.core.partition import NeuronPartition
 from gradrank.core.targets import Target
 from gradrank.methods.method import Method
-from gradrank.schedule import Cubic, Schedule
+from gradrank.schedule import Cubic, Schedule, TwoStage
 from gradrank.signals.measure import Spectrum
 from gradrank.signals.measurement import Measurement
 from gradrank.signals.sensitivity import Observation, Sensitivity
@@ -24,12 +25,14 @@ class Decision:
             ``smoothed``, ``energy``, ``importance``).
         facts: Single numbers for the record, by name (``gap``).
         keep: For methods that choose directions: which ones stay, per target.
+        partitions: For methods that choose neurons: how each target's rows are split.
     """
 
     ranks: Mapping[str, int]
     details: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     facts: Mapping[str, float] = field(default_factory=dict)
     keep: Mapping[str, tuple[int, ...]] | None = None
+    partitions: Mapping[str, NeuronPartition] | None = None
 
 
 class Course(Protocol):
@@ -42,7 +45,7 @@ class Course(Protocol):
     """
 
     @property
-    def schedule(self) -> Schedule | Cubic: ...  # noqa: D102
+    def schedule(self) -> Schedule | Cubic | TwoStage: ...  # noqa: D102
     @property
     def ceilings(self) -> Mapping[str, int]: ...  # noqa: D102
 
@@ -114,6 +117,30 @@ class DirectionCourse(Course, Protocol):
 
     def follow(self, keep: Mapping[str, tuple[int, ...]]) -> None:
         """Forget the directions that were taken away."""
+        ...
+
+
+@runtime_checkable
+class NeuronCourse(Course, Protocol):
+    """A course of two stages: it counts which output neurons matter, then splits each target.
+
+    Attributes:
+        ceilings: Rank of every target in the first stage, by name.
+        supplementary: Rank r' of rows that are not dominant, by name of the target.
+        start: What the second stage begins with: ``restart`` or ``warm``.
+    """
+
+    @property
+    def supplementary(self) -> Mapping[str, int]: ...  # noqa: D102
+    @property
+    def start(self) -> str: ...  # noqa: D102
+
+    def look(self, importance: Mapping[str, Tensor]) -> None:
+        """Take in one look: ``S_i`` per output neuron, ``[d_out]`` float32, by target."""
+        ...
+
+    def split(self, allowed: int) -> Decision:
+        """Return how the rows of each target are split, within some parameters."""
         ...
 
 
