@@ -43,11 +43,13 @@ if TYPE_CHECKING:
     from gradrank.methods.gard import Gard as Gard
     from gradrank.methods.gard_dynamic import DynamicGard as DynamicGard
     from gradrank.methods.gradient_norm import GradientNorm as GradientNorm
+    from gradrank.methods.hybrid import Hybrid as Hybrid
     from gradrank.methods.igu import Igu as Igu
     from gradrank.methods.igu_direction import IguDirection as IguDirection
     from gradrank.methods.method import Assessment as Assessment
     from gradrank.methods.method import Method as Method
     from gradrank.methods.permuted import Permuted as Permuted
+    from gradrank.methods.pilora import PiLora as PiLora
     from gradrank.methods.random_scores import RandomScores as RandomScores
     from gradrank.methods.registry import METHODS as METHODS
     from gradrank.methods.reversed_order import Reversed as Reversed
@@ -91,10 +93,12 @@ _WHERE = {
     "gradrank.methods.gard": ("Gard",),
     "gradrank.methods.gard_dynamic": ("DynamicGard",),
     "gradrank.methods.gradient_norm": ("GradientNorm",),
+    "gradrank.methods.hybrid": ("Hybrid",),
     "gradrank.methods.igu": ("Igu",),
     "gradrank.methods.igu_direction": ("IguDirection",),
     "gradrank.methods.method": ("Assessment", "Method"),
     "gradrank.methods.permuted": ("Permuted",),
+    "gradrank.methods.pilora": ("PiLora",),
     "gradrank.methods.random_scores": ("RandomScores",),
     "gradrank.methods.registry": ("METHODS",),
     "gradrank.methods.reversed_order": ("Reversed",),

@@ -84,6 +84,11 @@ class CapacityCallback(TrainerCallback):
         """Adapter parameters in use when the run began; None before."""
         return self.run.start_parameters if self.run else self._saved("start_parameters")
 
+    @property
+    def neurons(self) -> dict[str, Any] | None:
+        """Of methods that split neurons: the partitions and what they rest on."""
+        return self.run.neurons if self.run else self._saved("neurons")
+
     def close(self) -> None:
         """Remove all hooks; safe to call twice."""
         if self.run is not None:

@@ -25,7 +25,8 @@ from gradrank.signals.distributed import is_distributed
 from gradrank.signals.layers import unwrapped
 from gradrank.signals.replay import LossFunction
 from gradrank.signals.spectrum import under
-from gradrank.watch import Watch, watch_for
+from gradrank.watch.choose import watch_for
+from gradrank.watch.protocol import Watch
 
 
 class CapacityRun:
@@ -40,6 +41,7 @@ class CapacityRun:
         step: Last step that ended.
         ranks_over_time: ``[step, {target: rank}]``, the ranks at the start first.
         decisions: One entry per decision, as :class:`gradrank.RunRecord` keeps them.
+        neurons: Of methods that split neurons: the partitions and what they rest on.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class CapacityRun:
         self.step = 0
         self.ranks_over_time: list[Any] = [[0, self.ranks]]
         self.decisions: list[dict[str, Any]] = []
+        self.neurons: dict[str, Any] | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -155,6 +158,7 @@ class CapacityRun:
             seed=seed_of(self._seed, "step", step),
         )
         self._watch.decided(decision)
+        self.neurons = self._watch.evidence(decision) or self.neurons
         if report.parameters[1] > allowed:
             raise BudgetError(
                 f"step {step}: {report.parameters[1]:,} parameters are in use, more than the "
@@ -227,6 +231,7 @@ class CapacityRun:
         """
         found: Any = sidecar.read(path)[0].get("ranks")
         ranks: dict[str, Any] = found if isinstance(found, dict) else {}
+        partitions = sidecar.stored_partitions(path)
         known = set(ranks) == {target.name for target in self._targets}
         if not known or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
             raise DataError(
@@ -234,7 +239,7 @@ class CapacityRun:
                 f"({len(self._targets)}): it is damaged, or belongs to another model."
             )
         self._watch.pause()
-        refit(self._model, ranks, self._optimizer, self._adapter)
+        refit(self._model, ranks, self._optimizer, self._adapter, partitions)
 
     def _take(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         mine = self._facts()
@@ -260,6 +265,7 @@ class CapacityRun:
             raise TypeError(f"step {facts['step']!r}")
         self.step = facts["step"]
         self.ranks_over_time, self.decisions = facts["ranks_over_time"], facts["decisions"]
+        self.neurons = facts.get("neurons")
 
     def _facts(self) -> dict[str, Any]:
         known: Any = self._method
@@ -274,6 +280,12 @@ class CapacityRun:
             "step": self.step,
             "start_parameters": self.start_parameters,
             "ranks": self.ranks,
+            "partitions": {
+                name: site.partition.to_dict()
+                for name, site in self._sites().items()
+                if site.partition is not None
+            },
+            "neurons": self.neurons,
             "scaling": {name: site.scaling for name, site in self._sites().items()},
             "ranks_over_time": self.ranks_over_time,
             "decisions": self.decisions,

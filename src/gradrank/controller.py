@@ -13,6 +13,7 @@ from torch import nn
 
 from gradrank.adapters import sidecar
 from gradrank.adapters.optimizers import inner_optimizer
+from gradrank.adapters.neurons import reserve_neurons
 from gradrank.adapters.reserve import reserve_ranks, settle, start_svd
 from gradrank.adapters.stores import is_zero
 from gradrank.adapters.surgery import EditReport
@@ -20,7 +21,7 @@ from gradrank.adapters.view import adapter_name, lora_targets
 from gradrank.capacity import CapacityRun, resolve
 from gradrank.core.budget import Budget
 from gradrank.core.errors import OptionError, SurgeryError
-from gradrank.methods.course import Course, DirectionCourse, DynamicMethod
+from gradrank.methods.course import Course, DirectionCourse, DynamicMethod, NeuronCourse
 from gradrank.methods.method import Method
 from gradrank.methods.registry import create
 from gradrank.signals.distributed import is_distributed
@@ -254,7 +255,8 @@ def reserve(
     Call it before the optimizer is made and the model is wrapped.
 
     Methods that prune (``igu``, ``igu-direction``, ``adalora``) start with more than the budget:
-    the adapter is widened to their initial rank and written as ``P diag(lambda) Q``.
+    the adapter is widened to their initial rank and written as ``P diag(lambda) Q``. ``pilora``
+    starts with uniform LoRA of its rank r, which may be above the budget too.
     ``gard-dynamic`` needs it only where several processes train (DistributedDataParallel, FSDP2,
     DeepSpeed), where parameters cannot change their shape: the ranks that it may reach are
     reserved. Components that are not in use are then masked: they change nothing, get no gradient
@@ -272,9 +274,11 @@ def reserve(
             train.
     """
     course = _course(model, dynamic_method(method, options), budget, adapter)
+    keeps = is_distributed() if fixed is None else fixed
     if isinstance(course, DirectionCourse):
-        keeps = is_distributed() if fixed is None else fixed
         start_svd(model, course.ceilings, adapter, seed, keeps, course.init)
+    elif isinstance(course, NeuronCourse):
+        reserve_neurons(model, course.ceilings, course.supplementary, adapter, keeps, seed)
     else:
         reserve_ranks(model, course.ceilings, adapter)
 
@@ -282,7 +286,7 @@ def reserve(
 def starts_wide(
     model: nn.Module, method: DynamicMethod, budget: Budget, adapter: str | None = None
 ) -> bool:
-    """Tell whether a method starts with more than its budget, in SVD form.
+    """Tell whether a method starts with another shape than a plan for its budget has.
 
     Args:
         model: The PEFT model.
@@ -293,7 +297,7 @@ def starts_wide(
     Returns:
         Whether it does, so that :func:`reserve` has to be called before every run.
     """
-    return isinstance(_course(model, method, budget, adapter), DirectionCourse)
+    return isinstance(_course(model, method, budget, adapter), DirectionCourse | NeuronCourse)
 
 
 def _course(
@@ -324,7 +328,7 @@ def dynamic_method(method: "str | Method", options: Mapping[str, Any] | None) ->
         name = getattr(chosen, "name", type(chosen).__name__)
         raise OptionError(
             f"method '{name}' decides once, before training; use plan.lora_config() or "
-            "gradrank.apply(plan, model). 'gard-dynamic', 'igu' and 'adalora' move capacity while "
-            "training."
+            "gradrank.apply(plan, model). 'gard-dynamic', 'igu', 'adalora' and 'pilora' move "
+            "capacity while training."
         )
     return chosen

@@ -63,13 +63,14 @@ class _Prepared:
         output_dir = Path(self._trainer.args.output_dir)
         if self._trainer.args.load_best_model_at_end:
             self._layers = {n: s.layer for n, s in lora_sites(self._model, self._adapter).items()}
+        # Before a checkpoint gives the layers its own shape, which may be a plain one.
+        again = callback.attach(self._trainer.model, self._trainer.args)
+        if again and not self._given_optimizer:
+            self._trainer.optimizer = None  # a second phase of training: it is made anew
         if resume_from_checkpoint:
             resume_from_checkpoint = _whole(resume_from_checkpoint, output_dir)
             self._refit(Path(resume_from_checkpoint))
             callback.resume_from = Path(resume_from_checkpoint)
-        again = callback.attach(self._trainer.model, self._trainer.args)
-        if again and not self._given_optimizer:
-            self._trainer.optimizer = None  # a second phase of training: it is made anew
         try:
             return self._train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -118,7 +119,10 @@ class _Prepared:
         optimizer = self._trainer.optimizer
         if ended or wrapping(self._model, optimizer):
             optimizer = None
-        refit(self._model, sidecar.stored_ranks(folder, self._adapter), optimizer, self._adapter)
+        ranks = sidecar.stored_ranks(folder, self._adapter)
+        file = folder / sidecar.FILE
+        partitions = sidecar.stored_partitions(file) if file.is_file() else {}
+        refit(self._model, ranks, optimizer, self._adapter, partitions)
 
 
 def _whole(asked: Any, output_dir: Path) -> str:

@@ -10,7 +10,7 @@ from gradrank.adapters.edits import Edit, Select
 from gradrank.adapters.surgery import parameters_in_use
 from gradrank.adapters.view import LoraSite, lora_sites, unsupported
 from gradrank.core.errors import BudgetError, SurgeryError
-from gradrank.methods.course import Course, DirectionCourse
+from gradrank.methods.course import Course, DirectionCourse, NeuronCourse
 from gradrank.signals.layers import is_compiled
 
 
@@ -55,7 +55,11 @@ def check_ready(
             "pass CapacityCallback to its constructor or call gradrank.prepare_trainer first."
         )
     _check_form(sites, fixed, isinstance(course, DirectionCourse), method)
-    edits: dict[str, Edit] = {n: Select(tuple(range(s.rank))) for n, s in sites.items()}
+    if isinstance(course, NeuronCourse):
+        _check_neurons(sites, fixed, course, method)
+    edits: dict[str, Edit] = {
+        n: Select(tuple(range(s.rank))) for n, s in sites.items() if s.partition is None
+    }
     guard.check(sites, edits, optimizer, model=model)
     used = parameters_in_use(sites)
     if used > course.allowed(0, used):
@@ -108,4 +112,29 @@ def _check_form(
             f"method '{method}' looks at whole gradients before each optimizer step, and {fixed} "
             "shards them. Train under DistributedDataParallel or in one process, or use "
             "'gard-dynamic'."
+        )
+
+
+def _check_neurons(
+    sites: Mapping[str, LoraSite], fixed: str | None, course: NeuronCourse, method: str
+) -> None:
+    """Refuse layers that do not have the rank of the first stage, and are not in the second."""
+    wrong = {
+        name: site.rank
+        for name, site in sites.items()
+        if site.partition is None and site.rank != course.ceilings[name]
+    }
+    # After the split a target of which all or no rows are dominant is a plain layer.
+    if wrong and all(site.partition is None for site in sites.values()):
+        name, rank = next(iter(wrong.items()))
+        raise SurgeryError(
+            f"method '{method}' starts with uniform LoRA of rank {course.ceilings[name]}, and "
+            f"{len(wrong)} of {len(sites)} layers have another one ('{name}': {rank}). Call "
+            f"gradrank.reserve(model, '{method}', budget) before the optimizer is made (with a "
+            "Trainer, pass CapacityCallback to its constructor), or give the option rank."
+        )
+    if fixed in {"FSDP", "DeepSpeed"}:
+        raise SurgeryError(
+            f"method '{method}' looks at whole gradients before each optimizer step, and {fixed} "
+            "shards them. Train under DistributedDataParallel or in one process."
         )

@@ -42,8 +42,9 @@ def split_half(
         ``within_shape`` (the same within targets of one shape, weighted by their number: what is
         left when telling kinds of modules apart does not count), ``splits``, ``threshold``,
         ``saturation`` (mean share of the largest effective rank that M batches allow, for
-        methods that have one), ``recommendation`` (``use uniform`` or ``as planned``) and
-        ``reason``. Correlations are None where they do not exist.
+        methods that have one), ``row_agreement`` (mean rank correlation of the halves' row
+        energies, for methods that split rows), ``recommendation`` (``use uniform`` or
+        ``as planned``) and ``reason``. Correlations are None where they do not exist.
     """
     overall: list[float] = []
     within: list[float] = []
@@ -56,12 +57,14 @@ def split_half(
         overall.append(_agreement(targets, a, b))
         within.append(_within_shapes(targets, a, b))
     saturation = _mean([d["saturation"] for d in assessment.details.values() if "saturation" in d])
+    rows = _mean([d["row_agreement"] for d in assessment.details.values() if "row_agreement" in d])
     result = {
         "split_half": _mean(overall),
         "within_shape": _mean(within),
         "splits": len(overall),
         "threshold": THRESHOLD,
         "saturation": saturation,
+        **({} if rows is None else {"row_agreement": rows}),
     }
     return {**result, **_verdict(result, assessment, measurement.batches)}
 
@@ -92,6 +95,12 @@ def _verdict(result: Mapping[str, Any], assessment: Assessment, batches: int) ->
         notes.append(
             f"the effective rank is saturated ({saturation:.0%} of what {batches} batches allow), "
             "so the scores are nearly equal: measure more batches or lower the energy threshold"
+        )
+    rows = result.get("row_agreement")
+    if rows is not None and rows < THRESHOLD:
+        notes.append(
+            f"which rows hold the energy agrees only {rows:.2f} between two halves, so partitions "
+            "may rest on chance: measure more batches, or offer ranks only (shares=none)"
         )
     return _say("as planned", "; ".join([f"{measured} (threshold {THRESHOLD})", *notes]) + ".")
 

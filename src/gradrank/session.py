@@ -17,12 +17,12 @@ from gradrank.core.budget import Budget
 from gradrank.core.errors import BudgetError, MeasurementError, OptionError, nearest
 from gradrank.core.plan import Plan, PlannedTarget
 from gradrank.core.targets import Target
-from gradrank.methods.method import Method
+from gradrank.methods.method import Assessment, CapacityMethod, Method
 from gradrank.methods.registry import create
 from gradrank.reliability import split_half
 from gradrank.signals.distributed import all_or_none, is_distributed, merge_across_processes
 from gradrank.signals.layers import ALL_LINEAR, ambiguous_suffixes, find_sites
-from gradrank.signals.measure import SIGNALS, LossFunction, Progress, Signal, run
+from gradrank.signals.measure import SIGNALS, LossFunction, MeanGradient, Progress, Signal, run
 from gradrank.signals.measurement import Measurement
 
 __all__ = ["ExportReport", "allocate", "apply", "export", "measure", "plan"]
@@ -49,7 +49,8 @@ def measure(
     Args:
         model: The model, plain or wrapped by PEFT, in any dtype, frozen or not, quantised or not.
         batches: Mini-batches (mappings with labels, as for training).
-        signal: ``"spectrum"`` (GARD), ``"mean-gradient"`` (water-filling), requests with options,
+        signal: ``"spectrum"`` (GARD), ``"mean-gradient"`` (water-filling), requests with options
+            (``MeanGradient(rows=True)`` for partitions of rows),
             or several of these: one pass serves all sketches.
         targets: ``"all-linear"`` or names of modules.
         num_batches: Mini-batches M to take, per process.
@@ -127,8 +128,8 @@ def allocate(
     budget = Budget.parse(budget)
     parameters = budget.resolve(targets, int(info.get("base_parameters") or 0))
     assessment = chosen.assess(targets, known)
-    ranks = chosen.ranks(targets, assessment, parameters)
-    spent = sum(ranks[target.name] * target.cost for target in targets)
+    planned = _planned(chosen, targets, assessment, parameters)
+    spent = sum(item.parameters for item in planned)
     if spent > parameters:
         raise BudgetError(f"method '{chosen.name}' spent {spent:,} of {parameters:,} parameters.")
     reliability = None
@@ -139,15 +140,7 @@ def allocate(
         options=_options(chosen),
         budget=budget,
         budget_parameters=parameters,
-        targets=tuple(
-            PlannedTarget(
-                target,
-                ranks[target.name],
-                float(assessment.scores[target.name]),
-                dict(assessment.details.get(target.name, {})),
-            )
-            for target in targets
-        ),
+        targets=planned,
         reliability=reliability,
         provenance={
             # The root package names all floors, so it is not imported but looked up.
@@ -273,12 +266,17 @@ def base_parameters(model: nn.Module) -> int:
 
 def _signals(signal: "str | Signal | Sequence[str | Signal]") -> tuple[Signal, ...]:
     asked = [signal] if isinstance(signal, str) or not isinstance(signal, Sequence) else signal
+    unknown = [item for item in asked if isinstance(item, str) and item not in SIGNALS]
+    if unknown:
+        raise OptionError(f"signal '{unknown[0]}' is unknown. {nearest(unknown[0], SIGNALS)}")
+    requests = [SIGNALS[item]() if isinstance(item, str) else item for item in asked]
+    plain = [item for item in requests if isinstance(item, MeanGradient) and not item.rows]
     found: list[Signal] = []
-    for item in asked:
-        if isinstance(item, str):
-            if item not in SIGNALS:
-                raise OptionError(f"signal '{item}' is unknown. {nearest(item, SIGNALS)}")
-            item = SIGNALS[item]()  # noqa: PLW2901
+    for item in requests:
+        # What waterfill and hybrid ask for together is one request.
+        with_rows = dataclasses.replace(item, rows=True) if item in plain else None
+        if with_rows in requests:
+            continue
         if type(item) in {type(other) for other in found}:
             raise OptionError(f"signal {item!r} is asked for twice.")
         found.append(item)
@@ -310,6 +308,22 @@ def _method(method: "str | Method", options: Mapping[str, Any] | None) -> Method
     if options:
         raise OptionError("options belong to the method object; pass them to its constructor.")
     return method
+
+
+def _planned(
+    method: Method, targets: Sequence[Target], assessment: Assessment, budget: int
+) -> tuple[PlannedTarget, ...]:
+    decide = method.capacities if isinstance(method, CapacityMethod) else method.ranks
+    chosen = decide(targets, assessment, budget)
+    return tuple(
+        PlannedTarget.of(
+            target,
+            chosen[target.name],
+            float(assessment.scores[target.name]),
+            assessment.details.get(target.name),
+        )
+        for target in targets
+    )
 
 
 def _options(method: Any) -> dict[str, Any]:

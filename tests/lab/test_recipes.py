@@ -5,8 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gradrank.cli import runfile
+from gradrank.cli.train import command
+from gradrank.core.budget import Budget
 from gradrank.core.errors import DataError, GradrankError
-from gradrank.lab.recipes import read
+from gradrank.core.targets import Target
+from gradrank.lab.neuron_shapes import build_shapes
+from gradrank.lab.recipes import Recipe, read
+from gradrank.presets import find_preset
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -40,8 +46,61 @@ def test_recipes_of_the_repository_are_whole(path: Path) -> None:
     assert any(variant.method == "uniform" for variant in recipe.variants)
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_runs_of_the_repository_are_configurations_of_train(path: Path) -> None:
+    keys = {runfile.key_of(parameter) for parameter in command.params}
+    run = read(path).run
+    assert set(run) <= keys
+    if "preset" in run:
+        assert set(find_preset(run["preset"]).run) <= keys
+    assert "task" in run
+
+
 def test_there_are_recipes() -> None:
-    assert {"igu-figure-3", "igu-figure-4", "igu-ablation"} <= {path.stem for path in RECIPES}
+    names = [path.stem for path in RECIPES]
+    assert {"igu-figure-3", "igu-figure-4", "igu-ablation"} <= set(names)
+    assert {f"pilora-{what}" for what in ("table-4", "figure-4", "figure-5", "figure-6")} <= set(
+        names
+    )
+    # A recipe's runs go to a folder of its name.
+    assert len(set(names)) == len(names)
+
+
+def variants(recipe: Recipe, option: str) -> list[object]:
+    return [v.options[option] for v in recipe.variants if option in v.options]
+
+
+def test_recipes_of_pilora_have_the_values_of_the_paper() -> None:
+    found = {path.stem: read(path) for path in RECIPES if path.stem.startswith("pilora-")}
+    ranks = variants(found["pilora-figure-4"], "supplementary_rank")
+    assert ranks == [0, 1, 2, 4, 8, 16, 32]
+    assert variants(found["pilora-figure-5"], "dominant_rank") == [24, 26, 28, 30, 32]
+    thresholds = variants(found["pilora-figure-6"], "threshold")
+    assert thresholds == variants(found["pilora-threshold"], "threshold")
+    assert thresholds == [0.5, 0.6, 0.7, 0.8, 0.9]
+    for name in ("pilora-table-4", "pilora-partition"):
+        assert {"random", "top_fraction", "mean"} == set(variants(found[name], "rule"))
+        assert any(v.method == "pilora" and "rank" not in v.options for v in found[name].variants)
+
+
+def _layer(*sizes: tuple[int, int]) -> list[Target]:
+    return [Target(f"layers.0.{index}", *size) for index, size in enumerate(sizes)]
+
+
+def test_budgets_of_figure_4_hold_every_supplementary_rank_at_one_scale() -> None:
+    shape = build_shapes()["LLaMA2-7B"]
+    named = tuple(f"{part}_proj" for part in ("q", "k", "v", "up", "down"))
+    large = [target for target in shape.targets if target.module_type in named]
+    smollm2 = _layer(*[(576, 576)] * 2, *[(576, 192)] * 2, *[(576, 1536)] * 2, (1536, 576))
+    recipes = {path.stem: read(path) for path in RECIPES}
+    for name, targets in (("pilora-figure-4", large), ("pilora-supplementary", smollm2)):
+        recipe = recipes[name]
+        budget = Budget.parse(recipe.budgets[0])
+        rank = max(int(str(value)) for value in variants(recipe, "rank"))
+        # With r' = r, A is there twice and B once; no other r' costs more.
+        most = sum(rank * (2 * target.d_in + target.d_out) for target in targets)
+        assert most <= budget.resolve(targets, 0)
+        assert recipe.run["lora_alpha"] / budget.value == 2
 
 
 def test_runs_are_whole_configurations_with_names_for_folders(tmp_path: Path) -> None:
@@ -71,6 +130,7 @@ def test_runs_are_whole_configurations_with_names_for_folders(tmp_path: Path) ->
         ({"methods": [{"method": "igu", "option": {"segments": 0}}]}, "segments"),
         ({"methods": [{"method": "igu", "options": {}}]}, "option"),
         ({"methods": [{"method": "igu", "option": [1]}]}, "mapping"),
+        ({"methods": [{"method": "igu", "option": {"warmup": "one epoch"}}]}, "warmup"),
         ({"methods": [{"method": "uniform"}, {"method": "uniform"}]}, "uniform"),
     ],
 )

@@ -4,20 +4,27 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from gradrank.adapters.config import lora_config
+from gradrank.adapters.config import stock_config
+from gradrank.adapters.forms import attach_partition
 from gradrank.adapters.view import lora_sites
-from gradrank.core.errors import PlanError, TargetError
+from gradrank.core.errors import OptionError, PlanError, TargetError
 from gradrank.core.plan import Plan
 from gradrank.signals.layers import find_sites
+
+_ZERO_B = (True, "gaussian")
 
 
 def apply_plan(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: Any) -> PeftModel:
     """Wrap a base model with the LoRA layers of a plan.
+
+    Where the plan splits the output rows of a target, its layer has rank ``r + r'`` and the form
+    of :func:`gradrank.adapters.forms.attach_partition`; every save of it is stock LoRA.
 
     Args:
         plan: The plan.
@@ -30,7 +37,8 @@ def apply_plan(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: 
 
     Raises:
         PlanError: If the model lacks a target, has it in another shape, or already carries an
-            adapter. The model is left as it was, as it is after an error of PEFT's.
+            adapter; or if ``init_lora_weights`` would fill rows of B that a partition leaves
+            out. The model is left as it was, as it is after an error of PEFT's.
     """
     if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise PlanError(
@@ -38,7 +46,13 @@ def apply_plan(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: 
             "first (model.merge_and_unload())."
         )
     _check_fit(plan, model)
-    config = lora_config(plan, lora_alpha, **options)
+    config = stock_config(plan, lora_alpha, **options)
+    if plan.partitions and config.init_lora_weights not in _ZERO_B:
+        raise PlanError(
+            f"init_lora_weights={config.init_lora_weights!r} does not begin with B = 0, and the "
+            "plan splits output rows, each of which sees some columns of B only. Use True or "
+            "'gaussian', or a plan without partitions."
+        )
     with all_or_nothing(model):
         wrapped = get_peft_model(model, config)
         built = adapter_ranks(wrapped)
@@ -46,13 +60,29 @@ def apply_plan(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: 
         if built != expected:
             wrong = sorted(set(built.items()) ^ set(expected.items()))[:4]
             raise PlanError(f"PEFT built other ranks than the plan: {wrong}.")
+        _split_rows(plan, wrapped)
     return wrapped
+
+
+def _split_rows(plan: Plan, model: PeftModel) -> None:
+    sites = lora_sites(model, "default")
+    for name, split in plan.partitions.items():
+        rows = torch.tensor(split.mask)
+        try:
+            attach_partition(
+                sites[name].layer, "default", rows, split.rank, split.supplementary_rank
+            )
+        except (OptionError, TargetError) as error:
+            raise PlanError(f"the rows of '{name}' cannot be split: {error}") from error
+    used = sum(site.parameters for site in sites.values())
+    if used != plan.parameters:
+        raise PlanError(f"the adapter has {used:,} parameters, and the plan {plan.parameters:,}.")
 
 
 def adapter_ranks(model: nn.Module, adapter: str = "default") -> dict[str, int]:
     """Return the LoRA rank of every adapted module, by its name in the base model.
 
-    Under a component mask it is the number of components in use.
+    Under a component mask it is the number of components in use, of a partition ``r + r'``.
 
     Args:
         model: A PEFT model.

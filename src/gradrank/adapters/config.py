@@ -20,7 +20,40 @@ def lora_config(
     policy: str = "constant",
     **options: Any,
 ) -> LoraConfig:
-    """Return the stock configuration that builds exactly the plan.
+    """Return the stock configuration that builds exactly the plan; see :func:`stock_config`.
+
+    Args:
+        plan: The plan, without neuron partitions.
+        lora_alpha: Alpha at the plan's reference rank.
+        scaling: Scale of every adapter.
+        policy: ``constant``, ``alpha/r`` or ``rslora``.
+        **options: Any other field of ``LoraConfig``.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        PlanError: If the plan splits the rows of a target, which no configuration can say.
+    """
+    if plan.partitions:
+        name = next(iter(plan.partitions))
+        raise PlanError(
+            f"the plan splits the output rows of {len(plan.partitions)} target(s) ('{name}', ...), "
+            "and a stock LoraConfig would train r + r' components on every row, more than the "
+            "plan's parameters. Let gradrank build the model: gradrank.apply(plan, model)."
+        )
+    return stock_config(plan, lora_alpha, scaling=scaling, policy=policy, **options)
+
+
+def stock_config(
+    plan: Plan,
+    lora_alpha: float = 16,
+    *,
+    scaling: float | None = None,
+    policy: str = "constant",
+    **options: Any,
+) -> LoraConfig:
+    """Return the stock configuration with the plan's ranks, ``r + r'`` where rows are split.
 
     Every pattern is anchored and escaped, so that no name matches as a suffix of another. Rank 0
     leaves the target out. A uniform plan gives an ordinary uniform configuration, without

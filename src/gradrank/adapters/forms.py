@@ -24,11 +24,14 @@ from gradrank.adapters.layer_forms import (
     form_of,
     has_fixed_shape,
     load_raw_tensors,
+    partition_of,
     raw_tensors,
     set_active,
+    set_partition,
     stored_components,
 )
-from gradrank.adapters.parametrizations import ComponentMask, Form, Partition, Singular
+from gradrank.adapters.parametrizations import ComponentMask, Form, Singular
+from gradrank.adapters.partitioned import Partitioned, PartitionMask
 from gradrank.core.errors import OptionError, TargetError, nearest
 
 INITS = ("svd", "keep")
@@ -37,13 +40,16 @@ __all__ = [
     "active_components",
     "attach_mask",
     "attach_partition",
+    "attach_partition_mask",
     "attach_svd",
     "detach",
     "form_of",
     "has_fixed_shape",
     "load_raw_tensors",
+    "partition_of",
     "raw_tensors",
     "set_active",
+    "set_partition",
     "stored_components",
 ]
 
@@ -163,12 +169,34 @@ def attach_partition(
             f"ranks {rank} and {supplementary_rank} do not make the rank {a.out_features} of "
             f"adapter '{adapter}'. Build the layer with rank r + r', r >= 1, r' >= 0."
         )
-    form = Partition(dominant.to(b.weight.device), rank, supplementary_rank)
+    form = Partitioned(dominant.to(b.weight.device), rank, supplementary_rank)
     form.split(b.weight.detach())
     install(b, form)
     for block in learned_tensors(b).values():
         if not block.numel():
             block.requires_grad_(False)  # FSDP2 cannot reduce an empty gradient
+
+
+def attach_partition_mask(layer: nn.Module, adapter: str, active: int) -> None:
+    """Make room for a partition of the rows that comes later, at fixed shapes.
+
+    Until :func:`set_partition` splits the rows, all of them see the first components and no
+    others, as under :func:`attach_mask`. The parameters stay the same objects.
+
+    Args:
+        layer: A plain LoRA layer on a linear target, of the rank that the partition will need.
+        adapter: Name of the adapter.
+        active: Components that count until then, in ``0..r``; 0 switches the target off.
+
+    Raises:
+        OptionError: If ``active`` is outside that range.
+        TargetError: If the layer cannot carry a form, or carries one already.
+    """
+    a, b = plain_linears(layer, adapter)
+    rank, device = a.out_features, b.weight.device
+    check_active(active, rank, 0)
+    install(a, ComponentMask(rank, active, 0, a.weight.device))
+    install(b, PartitionMask(b.out_features, rank, active, device))
 
 
 def detach(layer: nn.Module, adapter: str) -> None:

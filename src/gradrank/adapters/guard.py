@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from gradrank.adapters.baking import gathered
-from gradrank.adapters.edits import Drop, Edit, Grow, Select, Shrink
+from gradrank.adapters.edits import Drop, Edit, Grow, Partition, Select, Shrink
 from gradrank.adapters.optimizers import inner_optimizer, refusals
+from gradrank.adapters.partitioning import misfits, plain_edit
 from gradrank.adapters.stores import is_zero
 from gradrank.adapters.view import LoraSite, adapter_config
 from gradrank.core.errors import SurgeryError, nearest
@@ -57,7 +58,7 @@ def check(
     reasons += _setting(known, optimizer, model)
     if optimizer is not None and not _kept_by_zero(known, optimizer):
         reasons += refusals(optimizer, _trained(known, optimizer))
-    dropped = [name for name in sites if isinstance(edits.get(name), Drop)]
+    dropped = [n for n, site in known.items() if isinstance(plain_edit(site, edits[n]), Drop)]
     if dropped and len(dropped) == len(sites) and not impossible:
         reasons.append("every target would be dropped, and no adapter would be left")
     if reasons:
@@ -112,13 +113,27 @@ def _layer(site: LoraSite, edit: Edit, beyond: bool) -> Iterator[str]:
     if layer.lora_bias.get(adapter):
         yield "trains a bias on lora_B, which no budget of ranks counts; use lora_bias=False"
     shapes = {factor: tuple(raw.shape) for factor, raw in site.learned().items()}
+    if site.partition is not None and not site.partition.supplementary_rank:
+        shapes.pop("B_s", None)  # empty, and rightly so
     if any(0 in s or len(s) != (1 if f == "lam" else 2) for f, s in shapes.items()):
         listed = sorted(set(shapes.values()))
         yield f"has sharded or flattened factors of shapes {listed} (ZeRO-3, FSDP1)"
         return
     yield from _parameters(site)
+    yield from _wanted(site, edit, beyond)
+
+
+def _wanted(site: LoraSite, edit: Edit, beyond: bool) -> Iterator[str]:
+    """Reasons that lie in what one layer is to become."""
     if not isinstance(edit, Edit):
-        yield f"was given {edit!r}, which is no edit; use Shrink, Grow, Select or Drop"
+        yield f"was given {edit!r}, which is no edit; use Shrink, Grow, Select, Partition or Drop"
+    elif site.partition is not None and not isinstance(edit, Drop):
+        yield "has a neuron partition already; call gradrank.settle(model) first"
+    elif isinstance(edit, Partition):
+        if found := tuple(misfits(site, edit, beyond)):
+            yield from found
+        elif not isinstance(plain := plain_edit(site, edit), Partition):
+            yield from _wanted(site, plain, beyond)
     elif isinstance(edit, Drop):
         yield from _drop(site)
     elif isinstance(edit, Select):
@@ -155,7 +170,7 @@ def _select(site: LoraSite, edit: Select) -> Iterator[str]:
     beyond = [number for number in edit.components if number >= site.rank]
     if beyond:
         yield f"has rank {site.rank} and no component {', '.join(map(str, beyond))} to keep"
-    elif not edit.components and not (site.masked and site.form == "svd"):
+    elif not edit.components and not (site.masked and site.form != "mask"):
         off = "keep at least one" if site.masked else "use Drop() to remove the adapter"
         yield f"would keep no component; {off}"
 

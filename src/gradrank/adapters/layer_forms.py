@@ -7,14 +7,10 @@ from torch import Tensor, nn
 
 from gradrank.adapters.baking import form_behind, learned_tensors, sharded_like
 from gradrank.adapters.factors import check_active, check_unmerged, linears
-from gradrank.adapters.parametrizations import (
-    ComponentMask,
-    Masked,
-    Partition,
-    Singular,
-    same_shape,
-)
+from gradrank.adapters.parametrizations import ComponentMask, Masked, Singular, same_shape
+from gradrank.adapters.partitioned import Partitioned, PartitionMask
 from gradrank.core.errors import OptionError, TargetError
+from gradrank.core.partition import NeuronPartition
 
 
 def form_of(layer: nn.Module, adapter: str) -> str:
@@ -25,7 +21,7 @@ def form_of(layer: nn.Module, adapter: str) -> str:
         adapter: Name of the adapter.
 
     Returns:
-        ``plain``, ``mask``, ``svd`` or ``partition``.
+        ``plain``, ``mask``, ``svd``, ``partition`` or ``partition-mask``.
     """
     form = form_behind(linears(layer, adapter)[1])
     return "plain" if form is None else form.kind
@@ -39,7 +35,7 @@ def has_fixed_shape(layer: nn.Module, adapter: str) -> bool:
         adapter: Name of the adapter.
 
     Returns:
-        Whether it has a component mask, or the SVD form at a fixed shape.
+        Whether it has a component mask, room for a partition, or the SVD form at a fixed shape.
     """
     return bool(_masks(layer, adapter))
 
@@ -59,9 +55,11 @@ def set_active(layer: nn.Module, adapter: str, active: int) -> None:
     shall stay the same.
 
     Args:
-        layer: A LoRA layer with a component mask, or with the SVD form at a fixed shape.
+        layer: A LoRA layer with a component mask, with room for a partition (all rows see the same
+            components afterwards), or with the SVD form at a fixed shape.
         adapter: Name of the adapter.
-        active: Components that count, in ``1..r``; in the SVD form 0 switches the target off.
+        active: Components that count, in ``1..r``; 0 switches the target off where there is more
+            than a component mask.
 
     Raises:
         OptionError: If ``active`` is out of that range.
@@ -81,7 +79,53 @@ def set_active(layer: nn.Module, adapter: str, active: int) -> None:
 
 
 def _least(masks: list[Masked]) -> int:
-    return 0 if any(isinstance(mask, Singular) for mask in masks) else 1
+    return 0 if any(isinstance(mask, Singular | PartitionMask) for mask in masks) else 1
+
+
+def partition_of(layer: nn.Module, adapter: str) -> NeuronPartition | None:
+    """Return how the output rows of an adapter are split.
+
+    Args:
+        layer: A LoRA layer.
+        adapter: Name of the adapter.
+
+    Returns:
+        The partition; None where all rows have the same components.
+    """
+    form = form_behind(linears(layer, adapter)[1])
+    return form.partition if isinstance(form, Partitioned | PartitionMask) else None
+
+
+def set_partition(layer: nn.Module, adapter: str, partition: NeuronPartition) -> None:
+    """Split the rows of an adapter that has room for it, in place.
+
+    The function changes by what the rows see afterwards and did not see before, or the reverse.
+
+    Args:
+        layer: A LoRA layer with the form ``partition-mask``.
+        adapter: Name of the adapter.
+        partition: The partition; both groups must have rows.
+
+    Raises:
+        OptionError: If it does not fit the layer.
+        TargetError: If the adapter has another form, or is merged.
+    """
+    first, second = (form_behind(linear) for linear in linears(layer, adapter))
+    if not isinstance(second, PartitionMask) or not isinstance(first, ComponentMask):
+        raise TargetError(
+            f"adapter '{adapter}' has form '{form_of(layer, adapter)}', and only rows of the form "
+            "'partition-mask' can be split in place. Call attach_partition_mask first."
+        )
+    check_unmerged(layer, adapter)
+    rows, width = second.mask.shape
+    if partition.d_out != rows or not partition.is_split or partition.lora_rank > width:
+        raise OptionError(
+            f"a partition of {partition.d_out} rows ({partition.dominant_rows} of them dominant) "
+            f"with ranks {partition.rank} and {partition.supplementary_rank} does not fit {rows} "
+            f"rows with room for rank {width}. Both groups need rows, and r + r' columns."
+        )
+    first.set_active(partition.lora_rank)
+    second.set_partition(partition)
 
 
 def active_components(layer: nn.Module, adapter: str) -> int:
@@ -122,8 +166,9 @@ def raw_tensors(layer: nn.Module, adapter: str) -> dict[str, Tensor]:
     Returns:
         The live parameters (not copies, and DTensors where they are sharded): plain ``A``, ``B``;
         mask ``A``, ``B`` at full rank and ``active``; svd ``Q``, ``P``, ``lam``, at a fixed shape
-        with ``active``; partition ``A``, ``B_d``, ``B_s`` and ``dominant``. With ``bias`` where
-        ``lora_B`` has one.
+        with ``active``; partition ``A``, ``B_d``, ``B_s`` and ``dominant``; partition-mask ``A``,
+        ``B`` at full width, ``dominant`` and ``ranks`` (r and r'). With ``bias`` where ``lora_B``
+        has one.
     """
     a, b = linears(layer, adapter)
     form = form_behind(b)
@@ -133,14 +178,16 @@ def raw_tensors(layer: nn.Module, adapter: str) -> dict[str, Tensor]:
         tensors |= {"A": first, "B": b.weight}
     else:
         behind = learned_tensors(b)
-        if isinstance(form, ComponentMask):
+        if isinstance(form, ComponentMask | PartitionMask):
             tensors |= {"A": first, "B": behind["original"]}
         elif isinstance(form, Singular):
             tensors |= {"Q": first, "P": behind["original"], "lam": behind["0.lam"]}
-        elif isinstance(form, Partition):
+        elif isinstance(form, Partitioned):
             tensors |= {"A": first, "B_d": behind["original0"], "B_s": behind["original1"]}
             tensors["dominant"] = form.dominant
-    if has_fixed_shape(layer, adapter):
+    if isinstance(form, PartitionMask):
+        tensors |= {"dominant": form.dominant, "ranks": torch.tensor(form.ranks)}
+    elif has_fixed_shape(layer, adapter):
         tensors["active"] = torch.tensor(active_components(layer, adapter))
     if b.bias is not None:
         tensors["bias"] = b.bias
@@ -173,13 +220,24 @@ def load_raw_tensors(layer: nn.Module, adapter: str, tensors: Mapping[str, Tenso
                 "copying would round. Load the model in the dtype it was trained in."
             )
     form = form_behind(linears(layer, adapter)[1])
-    if isinstance(form, Partition):
+    if isinstance(form, Partitioned):
         same_shape(tensors["dominant"].nonzero(), form.dominant.nonzero())
         form.set_rows(tensors["dominant"].to(form.dominant.device))
+    elif isinstance(form, PartitionMask):
+        _split_as(layer, adapter, tensors)
     if "active" in present:
         set_active(layer, adapter, int(tensors["active"]))
     with torch.no_grad():
         # In one order in all processes: sharding is a collective.
         for name, mine in present.items():
-            if name not in {"active", "dominant"}:
+            if name not in {"active", "dominant", "ranks"}:
                 mine.copy_(sharded_like(tensors[name], mine))
+
+
+def _split_as(layer: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    rank, rest = (int(number) for number in tensors["ranks"])
+    dominant = tensors["dominant"]
+    if bool(dominant.all()):
+        set_active(layer, adapter, rank)
+    else:
+        set_partition(layer, adapter, NeuronPartition.of(dominant.tolist(), rank, rest))

@@ -144,6 +144,22 @@ class OptimizerChange:
         """
         swap(self.optimizer, old, new, state)
 
+    def split(self, old: Tensor, parts: Sequence[tuple[Tensor, Mapping[str, Any], str]]) -> None:
+        """Put several parameters in the place of one, in one group and in this order.
+
+        Args:
+            old: The parameter that goes.
+            parts: Per new parameter its state, and its name where the old one was ``weight``.
+        """
+        index, position = place(self.optimizer, old)
+        group, here = self.optimizer.param_groups[index], slice(position, position + 1)
+        group["params"][here] = [new for new, _, _ in parts]
+        if "param_names" in group:
+            stem = group["param_names"][position].removesuffix("weight")
+            group["param_names"][here] = [stem + name for _, _, name in parts]
+        self.optimizer.state.pop(old, None)
+        self.optimizer.state.update({new: dict(state) for new, state, _ in parts if state})
+
     def remove(self, old: Tensor) -> None:
         """Take a parameter out. A group stays even when empty: schedulers count groups.
 

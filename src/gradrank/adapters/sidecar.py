@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from gradrank.adapters.baking import gathered, sharded_like
 from gradrank.adapters.layer_forms import load_raw_tensors, raw_tensors
 from gradrank.adapters.view import PREFIX, lora_sites
-from gradrank.core.errors import DataError
+from gradrank.core.errors import DataError, PlanError
 from gradrank.core.files import write_atomic
+from gradrank.core.partition import NeuronPartition
 
 FILE = "gradrank_capacity.safetensors"
 SCHEMA = "gradrank.capacity/1"
@@ -95,6 +96,27 @@ def stored_ranks(folder: Path, adapter: str = "default") -> dict[str, int]:
         raise DataError(f"'{path.name}' in '{folder.name}' is damaged: {error}.") from error
 
 
+def stored_partitions(path: Path) -> dict[str, NeuronPartition]:
+    """Return the neuron partitions that a sidecar tells of.
+
+    Args:
+        path: The sidecar.
+
+    Returns:
+        Partition by target name; empty if it tells of none.
+
+    Raises:
+        DataError: If the sidecar is missing or damaged.
+    """
+    found: Any = read(path)[0].get("partitions", {})
+    if not isinstance(found, dict):
+        raise DataError(f"'{path.name}' in '{path.parent.name}' is damaged: no partitions by name.")
+    try:
+        return {name: NeuronPartition.from_dict(data) for name, data in found.items()}
+    except PlanError as error:
+        raise DataError(f"'{path.name}' in '{path.parent.name}' is damaged: {error}") from error
+
+
 @torch.no_grad()
 def load_sharded(model: nn.Module, folder: Path, adapter: str) -> None:
     """Load a stock adapter into a sharded model (FSDP2), task head included.
@@ -128,7 +150,7 @@ def load_sharded(model: nn.Module, folder: Path, adapter: str) -> None:
 
 
 def formed_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Return what stands behind component masks and SVD forms, dormant components included.
+    """Return what stands behind masks, SVD forms and partitions, dormant components included.
 
     Args:
         model: The PEFT model.

@@ -6,7 +6,15 @@ from typing import Any
 from torch import nn
 
 from gradrank.adapters.baking import form_behind, learned_tensors
-from gradrank.adapters.layer_forms import active_components, form_of, has_fixed_shape
+from gradrank.adapters.layer_forms import (
+    active_components,
+    form_of,
+    has_fixed_shape,
+    partition_of,
+)
+from gradrank.core.partition import NeuronPartition
+
+_BEHIND = {"lam": "0.lam", "B_d": "original0", "B_s": "original1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +33,25 @@ class LoraSite:
 
     @property
     def rank(self) -> int:
-        """Rank in use; at a fixed shape the active components alone."""
+        """Rank in use; at a fixed shape the active components alone, of a partition ``r + r'``."""
         return active_components(self.layer, self.adapter)
 
     @property
+    def partition(self) -> NeuronPartition | None:
+        """How the output rows are split into two groups; None: they all have ``rank``."""
+        found = partition_of(self.layer, self.adapter)
+        return found if found is not None and found.is_split else None
+
+    @property
+    def parameters(self) -> int:
+        """Adapter parameters in use, as a stock adapter would need them: lam is folded into B."""
+        d_in, d_out = self.linear("A").in_features, self.linear("B").out_features
+        split = self.partition
+        return self.rank * (d_in + d_out) if split is None else split.parameters(d_in)
+
+    @property
     def form(self) -> str:
-        """``plain``, ``mask`` or ``svd``."""
+        """``plain``, ``mask``, ``svd``, ``partition`` or ``partition-mask`` (of a fixed shape)."""
         return form_of(self.layer, self.adapter)
 
     @property
@@ -45,8 +66,13 @@ class LoraSite:
 
     @property
     def factors(self) -> tuple[str, ...]:
-        """Names of the learned tensors: ``"A"``, ``"B"``, and ``"lam"`` in the SVD form."""
-        return ("A", "B", "lam") if self.form == "svd" else ("A", "B")
+        """Names of the learned tensors.
+
+        ``"A"``, ``"B"``, and ``"lam"`` in the SVD form; ``"A"``, ``"B_d"``, ``"B_s"`` of a compact
+        partition.
+        """
+        more = {"svd": ("A", "B", "lam"), "partition": ("A", "B_d", "B_s")}
+        return more.get(self.form, ("A", "B"))
 
     def linear(self, factor: str) -> nn.Linear:
         """Return the linear module that holds a factor.
@@ -61,13 +87,15 @@ class LoraSite:
 
         Args:
             factor: ``"A"`` (``[r, d_in]``; Q in the SVD form), ``"B"`` (``[d_out, r]``; P in the
-                SVD form) or ``"lam"`` (``[r]``).
+                SVD form), ``"lam"`` (``[r]``), or the blocks of a compact partition, ``"B_d"``
+                (``[|M|, r]``) and ``"B_s"`` (``[d_out - |M|, r']``, empty and not trained where r'
+                is 0).
         """
         linear: Any = self.linear(factor)
         form = form_behind(linear)
         if form is None:
             return linear.weight
-        return learned_tensors(linear)["0.lam" if factor == "lam" else "original"]
+        return learned_tensors(linear)[_BEHIND.get(factor, "original")]
 
     def learned(self) -> dict[str, nn.Parameter]:
         """Return all parameters behind the adapter, by factor."""
@@ -90,4 +118,4 @@ class LoraSite:
         elif factor == "lam":
             form.lam = parameter
         else:
-            linear.parametrizations["weight"].original = parameter
+            setattr(linear.parametrizations["weight"], _BEHIND.get(factor, "original"), parameter)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from gradrank.adapters.directions import unit_rows
-from gradrank.adapters.edits import Drop, Edit, Grow, Select
+from gradrank.adapters.edits import Drop, Edit, Grow, Partition, Select
 from gradrank.adapters.guard import check
 from gradrank.adapters.optimizers import inner_optimizer
+from gradrank.adapters.partitioning import plain_edit, planned
+from gradrank.adapters.rollback import Rollback
 from gradrank.adapters.stores import Store, agree, store_for
-from gradrank.adapters.swap import AXIS, FixedShape, Incision, Replace, Rollback
+from gradrank.adapters.swap import AXIS, FixedShape, Incision, Replace
 from gradrank.adapters.view import (
     LoraSite,
     adapter_name,
@@ -63,7 +65,8 @@ def edit(
 
     Args:
         model: The PEFT model, possibly wrapped for several processes.
-        edits: :class:`Shrink`, :class:`Grow`, :class:`Select` or :class:`Drop` by target name.
+        edits: :class:`Shrink`, :class:`Grow`, :class:`Select`, :class:`Partition` or
+            :class:`Drop` by target name.
         optimizer: The optimizer that holds the factors; None if there is none.
         adapter: Name of the adapter, if several are active.
         seed: Seed of random new rows.
@@ -76,7 +79,7 @@ def edit(
             which case model and optimizer are as they were.
 
     Source:
-        GARD, section 3.4.
+        GARD, section 3.4; PiLoRA, section 3.3 (partitions).
     """
     adapter = adapter_name(model, adapter)
     sites = lora_sites(model, adapter)
@@ -111,15 +114,16 @@ def make_edits(
     """
     sites = lora_sites(model, adapter)
     before = {name: site.rank for name, site in sites.items()}
-    used = parameters_in_use(sites)
+    used = {name: site.parameters for name, site in sites.items()}
     after = {name: _rank_after(e) for name, e in edits.items()}
+    edits = {name: plain_edit(sites[name], e) for name, e in edits.items()}
     wanted = {name: e for name, e in edits.items() if _changes(e, before[name])}
     reset = _operate(model, adapter, sites, wanted, optimizer, seed) if wanted else ()
-    grown = {name: max(rank - before[name], 0) for name, rank in after.items()}
+    uses = {name: site.parameters for name, site in lora_sites(model, adapter).items()}
     return EditReport(
         {name: (before[name], rank) for name, rank in after.items()},
-        (used, parameters_in_use(lora_sites(model, adapter))),
-        sum(rank * _cost(sites[name]) for name, rank in grown.items() if rank),
+        (sum(used.values()), sum(uses.values())),
+        sum(max(uses.get(name, 0) - used[name], 0) for name in edits),
         reset,
     )
 
@@ -183,24 +187,22 @@ def parameters_in_use(sites: Mapping[str, LoraSite]) -> int:
         sites: Live LoRA layers.
 
     Returns:
-        The number of parameters, as a stock adapter stores them: lam, which is folded into B, is
-        not counted.
+        The number of parameters: lam, which a stock adapter folds into B, is not counted, and the
+        zeros that it stores for a neuron partition are not.
     """
-    return sum(site.rank * _cost(site) for site in sites.values())
-
-
-def _cost(site: LoraSite) -> int:
-    return int(site.raw("A").shape[1] + site.raw("B").shape[0])
+    return sum(site.parameters for site in sites.values())
 
 
 def _rank_after(edit: Edit) -> int:
     if isinstance(edit, Drop):
         return 0
+    if isinstance(edit, Partition):
+        return edit.split.lora_rank
     return len(edit.components) if isinstance(edit, Select) else edit.rank
 
 
 def _changes(edit: Edit, rank: int) -> bool:
-    if isinstance(edit, Drop):
+    if isinstance(edit, Drop | Partition):
         return True  # a target that is switched off too
     if isinstance(edit, Select):
         return edit.components != tuple(range(rank))
@@ -213,6 +215,8 @@ def _plan(site: LoraSite, edit: Edit, seed: int, store: Store) -> Incision:
         return Incision(site, 0)
     rank = site.rank
     used = {f: store.read(raw).narrow(AXIS[f], 0, rank) for f, raw in site.learned().items()}
+    if isinstance(edit, Partition):
+        return planned(site, edit, used, seed)
     seed = seed_of(seed, "grow", site.name)
     if isinstance(edit, Grow):
         carry = Carry.select(range(rank), fresh=edit.rank - rank)

@@ -2,19 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradrank.adapters.layer_forms import set_active
-from gradrank.adapters.optimizers import OptimizerChange, carry_state
+from gradrank.adapters.baking import strip
+from gradrank.adapters.forms import attach_partition
+from gradrank.adapters.layer_forms import set_active, set_partition
+from gradrank.adapters.optimizers import Carried, OptimizerChange, carry_state
+from gradrank.adapters.partitioned import visible
+from gradrank.adapters.rollback import Rollback
 from gradrank.adapters.stores import Store
-from gradrank.adapters.view import LoraSite, adapter_config, layer_alpha
-from gradrank.core.errors import SurgeryError
+from gradrank.adapters.view import LoraSite, layer_alpha
+from gradrank.core.partition import NeuronPartition
 from gradrank.ops.moments import Carry
 from gradrank.signals.layers import unwrapped
 from gradrank.signals.path import RANK_AXIS
@@ -34,69 +37,14 @@ class Incision:
             ``"lam" [rank]``.
         carries: Per factor, how the components of its optimizer state follow; the state of a
             factor that is missing begins afresh.
+        split: How the output rows are split, where they are; ``"B"`` is zero outside the blocks.
     """
 
     site: LoraSite
     rank: int
     values: Mapping[str, Tensor] = field(default_factory=dict)
     carries: Mapping[str, Carry] = field(default_factory=dict)
-
-
-class Rollback:
-    """A context manager that undoes what was done inside if something fails there."""
-
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], object]] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self._undo.clear()
-            return
-        failed = []
-        while self._undo:
-            try:
-                self._undo.pop()()
-            except Exception as another:  # the rest has to be undone too
-                failed.append(f"{type(another).__name__}: {another}")
-        if isinstance(error, Exception):
-            state = "was undone; model and optimizer are as they were"
-            if failed:
-                state = f"could not be undone entirely ({'; '.join(failed)}); load a checkpoint"
-            raise SurgeryError(
-                f"moving capacity failed and {state}: {type(error).__name__}: {error}"
-            ) from error
-
-    def push(self, undo: Callable[[], object]) -> None:
-        """Remember how to undo what is about to be done.
-
-        Args:
-            undo: Called, last one first, if a later step fails.
-        """
-        self._undo.append(undo)
-
-    def remember_config(self, model: nn.Module, adapter: str) -> None:
-        """Remember PEFT's configuration of an adapter.
-
-        Args:
-            model: The PEFT model.
-            adapter: Name of the adapter.
-        """
-        held = vars(adapter_config(model, adapter))
-        before = dict(held)
-
-        def undo() -> None:
-            held.clear()
-            held.update(before)
-
-        self.push(undo)
+    split: NeuronPartition | None = None
 
 
 class Replace:
@@ -126,10 +74,13 @@ class Replace:
             self._drop(site)
             return True
         self._remember(site)
-        known = [self._replace(site, factor, incision) for factor in site.factors]
+        whole = [factor for factor in site.factors if incision.split is None or factor != "B"]
+        known = [self._replace(site, factor, incision) for factor in whole]
         site.linear("A").out_features = site.linear("B").in_features = incision.rank
         site.layer.r[site.adapter] = incision.rank
         site.layer.lora_alpha[site.adapter] = layer_alpha(site.layer, site.adapter, incision.rank)
+        if incision.split is not None:
+            known.append(self._split(site, incision, incision.split))
         return all(known)
 
     def _replace(self, site: LoraSite, factor: str, incision: Incision) -> bool:
@@ -138,19 +89,59 @@ class Replace:
         new = nn.Parameter(value, requires_grad=old.requires_grad)
         known = True
         if self._change is not None and id(old) in self._held:
-            state = dict(self._optimizer.state.get(old, {}))
-            carry = incision.carries[factor]
-            carried = carry_state(self._optimizer, old, state, carry, AXIS[factor])
+            carried = self._carried(old, incision.carries.get(factor), ((None, AXIS[factor]),))
             known = not carried.reset
             self._change.replace(old, new, carried.state)
         site.assign(factor, new)
         return known
+
+    def _split(self, site: LoraSite, incision: Incision, split: NeuronPartition) -> bool:
+        """Put two blocks in the place of B; both follow it in its group of the optimizer."""
+        old, carry = site.raw("B"), incision.carries.get("B")
+        whole = incision.values["B"].to(device=old.device, dtype=old.dtype)
+        site.assign("B", nn.Parameter(whole, requires_grad=old.requires_grad))
+        dominant, (rank, rest) = split.mask, (split.rank, split.supplementary_rank)
+        rows = torch.tensor(dominant, device=old.device)
+        attach_partition(site.layer, site.adapter, rows, rank, rest)
+        if self._change is None or id(old) not in self._held:
+            return True
+        columns = {"B_d": range(rank), "B_s": range(rank, rank + rest)}
+        parts, known = [], True
+        for factor, group in (("B_d", True), ("B_s", False)):
+            new = site.raw(factor)
+            if not new.numel():
+                continue
+            chosen = [i for i, flag in enumerate(dominant) if flag == group]
+            steps = ((None, 1), (Carry.select(chosen), 0), (Carry.select(columns[factor]), 1))
+            carried = self._carried(old, carry, steps)
+            known &= not carried.reset
+            parts.append((new, carried.state, f"parametrizations.weight.original{len(parts)}"))
+        self._change.split(old, parts)
+        return known
+
+    def _carried(
+        self, old: Tensor, first: Carry | None, steps: Iterable[tuple[Carry | None, int]]
+    ) -> Carried:
+        """The state of a parameter after one carry per axis; None stands for the first one."""
+        carried = Carried(dict(self._optimizer.state.get(old, {})) if first is not None else {})
+        before = old
+        for step, axis in steps:
+            carry = step if step is not None else first
+            if carry is None or not carried.state:
+                break
+            carried = carry_state(self._optimizer, before, carried.state, carry, axis)
+            shape = list(before.shape)
+            shape[axis] = carry.size
+            before = old.new_empty(shape)
+        return carried
 
     def _remember(self, site: LoraSite) -> None:
         learned = site.learned()
         rank, alpha = site.layer.r[site.adapter], site.layer.lora_alpha[site.adapter]
 
         def undo() -> None:
+            if "B" in learned and site.form == "partition":
+                strip(site.linear("B"), learned["B"])
             for factor, parameter in learned.items():
                 site.assign(factor, parameter)
             site.linear("A").out_features = site.linear("B").in_features = rank
@@ -204,15 +195,32 @@ class FixedShape:
                 self._forget(raw)
             else:
                 known &= self._carry(raw, _widened(carry, before, raw.shape[axis]), axis)
+                if factor == "B" and incision.split is not None:
+                    self._forget_outside(raw, incision.split)
             there = self._store.read(raw).clone()
             self._rollback.push(functools.partial(self._store.write, raw, there))
             self._store.write(raw, _padded(incision.values[factor], raw.shape[axis], axis))
             self._rollback.push(functools.partial(setattr, raw, "grad", raw.grad))
             raw.grad = None
-        if incision.rank != before:
+        if incision.rank != before or incision.split is not None:
             self._rollback.push(lambda: set_active(site.layer, site.adapter, before))
+        if incision.split is not None:
+            set_partition(site.layer, site.adapter, incision.split)
+        elif incision.rank != before:
             set_active(site.layer, site.adapter, incision.rank)
         return known
+
+    def _forget_outside(self, raw: nn.Parameter, split: NeuronPartition) -> None:
+        """Clear the moments outside of the blocks, which would move what nobody sees."""
+        rows = torch.tensor(split.mask)
+        inside = visible(rows, split.rank, split.lora_rank, raw.shape[1])
+        held = self._store.moments(raw)
+        blank = {
+            key: value * inside.to(value.device)
+            for key, value in held.items()
+            if isinstance(value, Tensor) and value.shape == raw.shape and value.is_floating_point()
+        }
+        self._store.write_moments(raw, held | blank)
 
     def _forget(self, raw: nn.Parameter) -> None:
         """Let the state of one factor begin afresh."""

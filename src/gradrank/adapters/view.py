@@ -14,12 +14,14 @@ from torch.nn.utils import parametrize
 from gradrank.adapters.baking import form_behind
 from gradrank.adapters.layer_forms import stored_components
 from gradrank.adapters.parametrizations import ComponentMask, Singular
+from gradrank.adapters.partitioned import Partitioned, PartitionMask
 from gradrank.adapters.site import LoraSite
 from gradrank.core.errors import SurgeryError
 from gradrank.core.targets import Target
 from gradrank.signals.layers import find_sites, unwrapped
 
 PREFIX = "base_model.model."
+_FORMS = (ComponentMask, Singular, Partitioned, PartitionMask)
 
 
 def adapter_name(model: nn.Module, adapter: str | None = None) -> str:
@@ -117,9 +119,8 @@ def _why_not(layer: Any, adapter: str) -> str | None:
         return f"is adapted by a {kind} LoRA layer; only linear ones can change their rank"
     for linear in (layer.lora_A[adapter], layer.lora_B[adapter]):
         form = form_behind(linear)
-        if parametrize.is_parametrized(linear) and not isinstance(form, ComponentMask | Singular):
-            name = f"form '{form.kind}'" if form else "a parametrization that gradrank did not make"
-            return f"has {name}; only plain, masked and SVD factors can change their rank"
+        if parametrize.is_parametrized(linear) and not isinstance(form, _FORMS):
+            return "has a parametrization that gradrank did not make, which no edit can see through"
     return None
 
 

@@ -5,24 +5,37 @@ from typing import Any
 import click
 
 from gradrank.cli.console import Console
-from gradrank.cli.options import COMMON, flags
+from gradrank.cli.options import COMMON, extra, flags
 from gradrank.cli.settings import check_method
 from gradrank.cli.verb import Verb
+from gradrank.core.errors import OptionError
 
 EXAMPLES = """\
 gradrank methods
 gradrank methods gard
+gradrank methods --presets
 gradrank methods --json"""
 
 
 @click.command(cls=Verb, examples=EXAMPLES)
 @click.argument("name", required=False)
+@extra(
+    "Method",
+    "--presets",
+    is_flag=True,
+    default=False,
+    show_default=False,
+    help="List the presets instead: settings of published experiments, for --preset.",
+)
 @flags(*COMMON)
-def command(name: str | None, as_json: bool, quiet: bool) -> None:
+def command(name: str | None, presets: bool, as_json: bool, quiet: bool) -> None:
     """List the methods with their sources; with NAME, one method with its options."""
     console = Console(as_json, quiet)
     if name is not None:
         check_method(name)
+    if presets:
+        _show_presets(name, console)
+        return
     with console.working():
         rows = describe(name)
     if name is None:
@@ -74,6 +87,27 @@ def _show_all(rows: list[dict[str, Any]], console: Console) -> None:
     ]
     console.show(table("", ("method", "what it does", "measures", "source"), cells, left=4))
     console.show("options of one: gradrank methods NAME")
+
+
+def _show_presets(method: str | None, console: Console) -> None:
+    from gradrank.cli.tables import table
+    from gradrank.presets import presets
+
+    rows = [
+        {"name": one.name, "source": one.source, "about": one.about, "run": dict(one.run)}
+        for one in presets().values()
+        if method in {None, one.run["method"]}
+    ]
+    if not rows:
+        raise OptionError(f"there is no preset of method '{method}'. See them all without NAME.")
+    heads = ("preset", "method", "budget", "lr", "epochs", "source")
+    keys = heads[1:-1]
+    cells = [(r["name"], *(str(r["run"].get(k, "")) for k in keys), r["source"]) for r in rows]
+    console.show(table("", heads, cells, left=4))
+    for about in dict.fromkeys(row["about"] for row in rows):
+        console.show(about)
+    console.show(f"use: gradrank train --preset {rows[0]['name']} --data FILE --head lm --out DIR")
+    console.result({"presets": rows})
 
 
 def _show_one(row: dict[str, Any], console: Console) -> None:

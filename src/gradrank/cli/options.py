@@ -7,59 +7,51 @@ from typing import Any
 import click
 
 from gradrank.cli import runfile
-from gradrank.cli.verb import Flag
+from gradrank.cli.training_flags import TRAINING_FLAGS
+from gradrank.cli.verb import Flag, flag, switch
 
 HEADS = ("lm", "classification", "image")
 Decorator = Callable[[Any], Any]
 
 _COUNT = click.IntRange(min=1)
-_MAYBE = click.IntRange(min=0)
 _SEED = click.IntRange(min=0, max=2**32 - 1)
 _PATH = click.Path(path_type=Path)
 
 
-def _flag(group: str, *names: str, **rest: Any) -> Callable[[], Flag]:
-    rest.setdefault("show_default", True)
-    return lambda: Flag(*names, group=group, **rest)
-
-
-def _switch(group: str, name: str, text: str) -> Callable[[], Flag]:
-    return _flag(group, name, is_flag=True, default=False, show_default=False, help=text)
-
-
-_D, _M, _S, _T, _R = "Model and data", "Method", "Batches and measuring", "Training", "Running"
+_D, _M, _S, _R = "Model and data", "Method", "Batches and measuring", "Running"
 
 _FLAGS: dict[str, Callable[[], Flag]] = {
-    "model": _flag(
+    **TRAINING_FLAGS,
+    "model": flag(
         _D,
         "--model",
         metavar="NAME",
         help="A folder, a name that needs no hub (smollm2-135m, minilm-l6, tiny-llama, ...), or a "
         "name on the model hub.",
     ),
-    "task": _flag(_D, "--task", metavar="NAME", help="A registered task: see 'gradrank tasks'."),
-    "data": _flag(
+    "task": flag(_D, "--task", metavar="NAME", help="A registered task: see 'gradrank tasks'."),
+    "data": flag(
         _D,
         "--data",
         metavar="FILE",
         help="Your own data: .jsonl, .json, .csv, .tsv, .txt, .parquet (all but the last also "
         ".gz), a folder class/picture, or a public data set as NAME or NAME:CONFIGURATION.",
     ),
-    "eval_data": _flag(
+    "eval_data": flag(
         _D,
         "--eval-data",
         metavar="FILE",
         help="Evaluation split; default: every tenth example of --data is held out, at random.",
     ),
-    "text_column": _flag(_D, "--text-column", metavar="NAME", help="Column with the text."),
-    "label_column": _flag(_D, "--label-column", metavar="NAME", help="Column with the class."),
-    "image_column": _flag(
+    "text_column": flag(_D, "--text-column", metavar="NAME", help="Column with the text."),
+    "label_column": flag(_D, "--label-column", metavar="NAME", help="Column with the class."),
+    "image_column": flag(
         _D, "--image-column", metavar="NAME", help="Column with the path of a picture."
     ),
-    "head": _flag(
+    "head": flag(
         _D, "--head", type=click.Choice(HEADS), help="What the model predicts; tasks know theirs."
     ),
-    "max_length": _flag(
+    "max_length": flag(
         _D,
         "--max-length",
         type=click.IntRange(min=1),
@@ -67,18 +59,18 @@ _FLAGS: dict[str, Callable[[], Flag]] = {
         help="Longest sequence; for --head lm the length of every block. Default: 256, or less if "
         "the model has fewer positions.",
     ),
-    "trust_remote_code": _switch(
+    "trust_remote_code": switch(
         _D, "--trust-remote-code", "Run code that comes with a hub model. Off unless you ask."
     ),
-    "method": _flag(_M, "--method", metavar="NAME", default="gard", help="See 'gradrank methods'."),
-    "option": _flag(
+    "method": flag(_M, "--method", metavar="NAME", default="gard", help="See 'gradrank methods'."),
+    "option": flag(
         _M,
         "--option",
         metavar="KEY=VALUE",
         multiple=True,
         help="An option of the method; may be repeated.",
     ),
-    "budget": _flag(
+    "budget": flag(
         _M,
         "--budget",
         metavar="BUDGET",
@@ -86,20 +78,29 @@ _FLAGS: dict[str, Callable[[], Flag]] = {
         help="Trainable adapter parameters: 200000, uniform:8 (what uniform LoRA of that rank "
         "costs), or 0.5% of the base model.",
     ),
-    "targets": _flag(
+    "targets": flag(
         _M,
         "--targets",
         metavar="NAMES",
         default="all-linear",
         help="all-linear, or module names with commas between (q_proj,v_proj), or re:EXPRESSION.",
     ),
-    "batches": _flag(
+    "preset": flag(
+        _M,
+        "--preset",
+        metavar="NAME",
+        is_eager=True,
+        callback=runfile.use_preset,
+        help="Settings of a published experiment (see 'gradrank methods --presets'); --config and "
+        "flags override them.",
+    ),
+    "batches": flag(
         _S, "--batches", type=_COUNT, metavar="M", default=32, help="Mini-batches to measure."
     ),
-    "batch_size": _flag(
+    "batch_size": flag(
         _S, "--batch-size", metavar="N", type=_COUNT, default=8, help="Examples in a micro-batch."
     ),
-    "accumulate": _flag(
+    "accumulate": flag(
         _S,
         "--accumulate",
         metavar="N",
@@ -107,7 +108,7 @@ _FLAGS: dict[str, Callable[[], Flag]] = {
         default=1,
         help="Micro-batches in a mini-batch, and in a training step.",
     ),
-    "calibration_seed": _flag(
+    "calibration_seed": flag(
         _S,
         "--calibration-seed",
         metavar="N",
@@ -115,68 +116,7 @@ _FLAGS: dict[str, Callable[[], Flag]] = {
         show_default=False,
         help="Seed of measuring. Default: --seed.",
     ),
-    "steps": _flag(_T, "--steps", metavar="N", type=_COUNT, default=100, help="Optimizer steps."),
-    "lr": _flag(
-        _T,
-        "--lr",
-        metavar="X",
-        type=click.FloatRange(min=0, min_open=True),
-        default=2e-4,
-        help="Peak learning rate of AdamW.",
-    ),
-    "schedule": _flag(
-        _T,
-        "--schedule",
-        type=click.Choice(["linear", "constant"]),
-        default="linear",
-        help="Learning rate after the warm-up: to zero, or constant.",
-    ),
-    "warmup": _flag(
-        _T, "--warmup", metavar="N", type=_MAYBE, default=0, help="Steps of rising rate."
-    ),
-    "weight_decay": _flag(
-        _T,
-        "--weight-decay",
-        metavar="X",
-        type=click.FloatRange(min=0),
-        default=0.0,
-        help="Decoupled decay.",
-    ),
-    "lora_alpha": _flag(
-        _T,
-        "--lora-alpha",
-        metavar="X",
-        type=click.FloatRange(min=0, min_open=True),
-        default=16.0,
-        help="Every adapter is scaled by this over the budget's uniform rank, whatever its rank.",
-    ),
-    "eval_every": _flag(
-        _T,
-        "--eval-every",
-        metavar="N",
-        type=_MAYBE,
-        default=0,
-        help="Evaluate every N steps; 0: at the end.",
-    ),
-    "eval_batches": _flag(
-        _T,
-        "--eval-batches",
-        type=_COUNT,
-        metavar="N",
-        help="Evaluate on so many batches only. Default: all.",
-    ),
-    "checkpoint_every": _flag(
-        _T,
-        "--checkpoint-every",
-        metavar="N",
-        type=_MAYBE,
-        default=0,
-        help="Write a checkpoint every N steps; 0: only when interrupted.",
-    ),
-    "gradient_checkpointing": _switch(
-        _T, "--gradient-checkpointing", "Recompute activations in training, to save memory."
-    ),
-    "seed": _flag(
+    "seed": flag(
         _R,
         "--seed",
         metavar="N",
@@ -184,23 +124,21 @@ _FLAGS: dict[str, Callable[[], Flag]] = {
         default=0,
         help="Seed of splits, adapters, data order, dropout.",
     ),
-    "device": _flag(
-        _R, "--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1."
-    ),
-    "dtype": _flag(
+    "device": flag(_R, "--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1."),
+    "dtype": flag(
         _R,
         "--dtype",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
         help="Of the base weights; auto: bfloat16 on a GPU that has it, else float32.",
     ),
-    "out": _flag(
+    "out": flag(
         _R, "--out", type=_PATH, metavar="DIR", show_default=False, help="Folder to write."
     ),
-    "overwrite": _switch(
+    "overwrite": switch(
         _R, "--overwrite", "Replace what stands at --out, if gradrank wrote all of it."
     ),
-    "config": _flag(
+    "config": flag(
         _R,
         "--config",
         type=_PATH,
@@ -211,7 +149,7 @@ _FLAGS: dict[str, Callable[[], Flag]] = {
         callback=runfile.use,
         help="YAML file with these flags as keys; flags given here override it.",
     ),
-    "json": _flag(
+    "json": flag(
         _R,
         "--json",
         "as_json",
@@ -220,8 +158,8 @@ _FLAGS: dict[str, Callable[[], Flag]] = {
         show_default=False,
         help="Print one JSON object on stdout, everything else on stderr.",
     ),
-    "quiet": _switch(_R, "--quiet", "Say nothing on stderr but warnings and errors."),
-    "debug": _flag(
+    "quiet": switch(_R, "--quiet", "Say nothing on stderr but warnings and errors."),
+    "debug": flag(
         _R,
         "--debug",
         is_flag=True,
@@ -238,10 +176,10 @@ DATA = (
 METHOD = ("method", "option", "budget", "targets")
 MEASURING = ("batches", "batch_size", "accumulate", "calibration_seed")
 TRAINING = (
-    "steps", "lr", "schedule", "warmup", "weight_decay", "lora_alpha", "eval_every",
-    "eval_batches", "checkpoint_every", "gradient_checkpointing",
+    "steps", "epochs", "lr", "schedule", "warmup", "weight_decay", "lora_alpha", "lora_dropout",
+    "eval_every", "eval_batches", "checkpoint_every", "gradient_checkpointing",
 )  # fmt: skip
-RUNNING = ("seed", "device", "dtype", "out", "overwrite")
+RUNNING = ("preset", "seed", "device", "dtype", "out", "overwrite")
 COMMON = ("config", "json", "quiet", "debug")
 
 
@@ -259,10 +197,10 @@ def flags(*names: str, **defaults: Any) -> Decorator:
     def add(function: Any) -> Any:
         made = []
         for name in names:
-            flag = _FLAGS[name]()
+            one = _FLAGS[name]()
             if name in defaults:
-                flag.default, flag.show_default = defaults[name], True
-            made.append(flag)
+                one.default, one.show_default = defaults[name], True
+            made.append(one)
         # click reads this list from its end, as nested decorators would have filled it.
         function.__click_params__ = [*getattr(function, "__click_params__", []), *reversed(made)]
         return function
@@ -283,8 +221,8 @@ def extra(group: str, *names: str, **rest: Any) -> Decorator:
     """
 
     def add(function: Any) -> Any:
-        flag = _flag(group, *names, **rest)()
-        function.__click_params__ = [*getattr(function, "__click_params__", []), flag]
+        one = flag(group, *names, **rest)()
+        function.__click_params__ = [*getattr(function, "__click_params__", []), one]
         return function
 
     return add

@@ -75,7 +75,7 @@ def _tell(console: Console, plan: Any, out: Path | None, again: bool) -> None:
     from gradrank.cli.tables import by_type, plan_lines
 
     targets = [planned.target for planned in plan.targets]
-    console.show(by_type(targets, plan.ranks), *plan_lines(plan))
+    console.show(by_type(targets, plan.ranks, plan.partitions), *plan_lines(plan))
     if out is None:
         console.show("nothing was written; give --out DIR to keep this plan")
     else:

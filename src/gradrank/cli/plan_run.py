@@ -7,12 +7,15 @@ import torch
 
 from gradrank.cli import runfile
 from gradrank.cli.console import Console
+from gradrank.cli.lengths import in_steps, rehearsed
 from gradrank.cli.planning import make_plan, narrow
 from gradrank.cli.prepare import prepare
 from gradrank.cli.settings import Settings
 from gradrank.cli.training import make_record, now, plan_record
+from gradrank.core.errors import OptionError
 from gradrank.core.files import new_folder
 from gradrank.core.plan import Plan
+from gradrank.lab.encode import size_of
 from gradrank.lab.environment import environment
 from gradrank.methods.registry import create
 from gradrank.record import RunRecord
@@ -32,11 +35,13 @@ def measured_plan(settings: Settings, console: Console) -> tuple[Plan, Path]:
         The plan and its folder.
     """
     created = now()
-    create(settings.method, settings.options)  # a wrong option is told before a model is loaded
+    # a wrong option is told before a model is loaded
+    create(settings.method, rehearsed(settings).options)
     prepared = prepare(settings, console)
+    asked, settings = settings, in_steps(settings, size_of(prepared.data.train))
     plan, measurement = make_plan(prepared, settings, console, all_signals=True)
     record = make_record(prepared, plan, settings, None, measurement, created)
-    _write(settings.chosen_out, settings, plan, measurement, record)
+    _write(settings.chosen_out, asked, plan, measurement, record)
     return plan, settings.chosen_out
 
 
@@ -49,8 +54,16 @@ def plan_again(settings: Settings, console: Console) -> tuple[Plan, Path | None]
 
     Returns:
         The plan, and its folder if one was asked for.
+
+    Raises:
+        OptionError: If an option is given in epochs.
     """
     created = now()
+    if rehearsed(settings).options != (settings.options or {}):
+        raise OptionError(
+            "an option is given in epochs, and --from reads no data that would tell how many steps "
+            "an epoch has. Give it in steps."
+        )
     method: Any = create(settings.method, settings.options)
     measurement = Measurement.load(str(settings.measured))
     console.say(

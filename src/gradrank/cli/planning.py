@@ -115,16 +115,21 @@ def narrow(measurement: Measurement, signals: Sequence[Signal]) -> Measurement:
         return measurement
     wants_spectrum = any(isinstance(signal, Spectrum) for signal in signals)
     wants_mean = any(isinstance(signal, MeanGradient) for signal in signals)
+    wants_rows = any(isinstance(signal, MeanGradient) and signal.rows for signal in signals)
+    mean = measurement.mean_gradient if wants_mean else None
+    if mean is not None and mean.rows and not wants_rows:
+        mean = replace(mean, rows={})
     kept = {"spectrum": wants_spectrum, "mean-gradient": wants_mean}
     return replace(
         measurement,
         spectrum=measurement.spectrum if wants_spectrum else None,
-        mean_gradient=measurement.mean_gradient if wants_mean else None,
+        mean_gradient=mean,
         info={
             **measurement.info,
             "signals": [n for n in measurement.info.get("signals", ()) if kept.get(n, True)],
             "sketch_dim": measurement.info.get("sketch_dim") if wants_spectrum else None,
             "directions": measurement.info.get("directions") if wants_mean else None,
+            "rows": (measurement.info.get("rows", False) and wants_rows) if wants_mean else None,
         },
     )
 

@@ -1,4 +1,4 @@
-"""``--config run.yaml``: the flags of a verb as keys of a file; flags override it."""
+"""``--config run.yaml`` and ``--preset NAME``: the flags of a verb as keys; flags override them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,9 @@ import yaml
 from gradrank.core.errors import DataError, OptionError, nearest
 from gradrank.core.files import write_text
 
-_META, _UNUSED = "gradrank.config", "gradrank.unused"
+_CONFIG, _PRESET, _UNUSED = "gradrank.config", "gradrank.preset", "gradrank.unused"
+# Two ways to say one thing: where a file gives one of them, a preset's other one is not looked at.
+_EITHER = ("steps", "epochs")
 _LARGEST = 1 << 20
 
 
@@ -25,6 +27,24 @@ def use(context: click.Context, _parameter: click.Parameter, path: Path | None) 
         set_defaults(context, read(path), f"config '{path}'")
 
 
+def use_preset(context: click.Context, _parameter: click.Parameter, name: str | None) -> str | None:
+    """Make a preset's values the defaults of the verb's flags, below the file's (a callback).
+
+    Args:
+        context: Context of the verb.
+        name: The preset's name, or None.
+
+    Returns:
+        The name.
+    """
+    if name is not None:
+        from gradrank.presets import find_preset
+
+        context.meta[_PRESET] = typed(context, find_preset(name).run, f"preset '{name}'")
+        _merge(context)
+    return name
+
+
 def set_defaults(context: click.Context, data: Mapping[str, Any], where: str) -> None:
     """Make values the defaults of the verb's flags.
 
@@ -33,11 +53,17 @@ def set_defaults(context: click.Context, data: Mapping[str, Any], where: str) ->
         data: Values by key.
         where: Where they come from, for messages.
     """
-    values = typed(context, data, where)
-    context.default_map = values
-    context.meta[_META] = values
+    context.meta[_CONFIG] = typed(context, data, where)
+    _merge(context)
     mine = {key_of(p) for p in context.command.params}
     context.meta[_UNUSED] = [key for key in map(_key, data) if key not in mine]
+
+
+def _merge(context: click.Context) -> None:
+    preset, config = from_preset(context), from_file(context)
+    covered = _EITHER if any(key in config for key in _EITHER) else ()
+    kept = {key: value for key, value in preset.items() if key not in covered}
+    context.default_map = {**kept, **config}
 
 
 def typed(context: click.Context, data: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -75,7 +101,16 @@ def from_file(context: click.Context) -> Mapping[str, Any]:
     Args:
         context: Context of the verb.
     """
-    return context.meta.get(_META, {})
+    return context.meta.get(_CONFIG, {})
+
+
+def from_preset(context: click.Context) -> Mapping[str, Any]:
+    """Return the values that came from a preset, by the flag's variable name.
+
+    Args:
+        context: Context of the verb.
+    """
+    return context.meta.get(_PRESET, {})
 
 
 def unused(context: click.Context) -> Sequence[str]:

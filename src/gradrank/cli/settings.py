@@ -21,7 +21,9 @@ class Settings:
     """What the flags and the configuration file ask for; names and units are those of the flags.
 
     Attributes:
-        options: Options of the method, as text.
+        options: Options of the method, as text; a length may be given in epochs (``1 epoch``).
+        epochs: Passes over the training data; None where ``steps`` counts.
+        preset: Name of the preset that settings were taken from.
         plan: Path of a plan to train instead of allocating one.
         measured: Path of a measurement to allocate from instead of measuring.
     """
@@ -45,11 +47,13 @@ class Settings:
     accumulate: int = 1
     calibration_seed: int | None = None
     steps: int | None = None
+    epochs: float | None = None
     lr: float | None = None
     schedule: str | None = None
     warmup: int | None = None
     weight_decay: float | None = None
     lora_alpha: float | None = None
+    lora_dropout: float | None = None
     eval_every: int | None = None
     eval_batches: int | None = None
     checkpoint_every: int | None = None
@@ -59,6 +63,7 @@ class Settings:
     dtype: str = "auto"
     out: Path | None = None
     overwrite: bool = False
+    preset: str | None = None
     plan: str | None = None
     measured: str | None = None
 
@@ -122,7 +127,32 @@ def collect(context: click.Context, values: Mapping[str, Any]) -> Settings:
     for key in ("plan", "measured"):
         if taken.get(key) is not None:
             taken[key] = str(taken[key])
+    if taken.get("epochs") is not None:
+        taken |= _one_length(context, taken)
     return Settings(**taken)
+
+
+def _one_length(context: click.Context, taken: Mapping[str, Any]) -> dict[str, None]:
+    """Return which of steps and epochs does not count: the command line's goes before the file's.
+
+    Args:
+        context: Context of the verb.
+        taken: Values by name.
+
+    Returns:
+        None for the one that does not count.
+
+    Raises:
+        OptionError: If both were given in one place.
+    """
+    typed, set_at_all = given(context, command_line=True), given(context)
+    both = {"steps", "epochs"}
+    if both <= typed or (both <= set_at_all and not both & typed):
+        raise OptionError(
+            f"the length of training is given twice, as steps ({taken['steps']}) and as epochs "
+            f"({taken['epochs']:g}). Leave one of them out."
+        )
+    return {"epochs": None} if "steps" in typed else {"steps": None}
 
 
 def given(context: click.Context, command_line: bool = False) -> set[str]:
@@ -142,10 +172,14 @@ def given(context: click.Context, command_line: bool = False) -> set[str]:
 
 
 def _options(context: click.Context, values: Mapping[str, Any]) -> dict[str, str]:
-    """Merge options: those of the flags over those of the file, if the method is the file's."""
-    filed = runfile.from_file(context)
-    same = filed.get("method", values.get("method")) == values.get("method")
-    base = parse_options(filed.get("option", ())) if same else {}
+    """Merge options: flags over file over preset, of those that were meant for this method."""
+    method = values.get("method")
+    meant: Any = method
+    base: dict[str, str] = {}
+    for layer in (runfile.from_preset(context), runfile.from_file(context)):
+        meant = layer.get("method", meant)
+        if meant == method:
+            base |= parse_options(layer.get("option", ()))
     if context.get_parameter_source("option") is click.core.ParameterSource.COMMANDLINE:
         return base | parse_options(values["option"])
     return base

@@ -47,7 +47,7 @@ def _plan_file(path: Path) -> Path:
 
 
 def _show_plan(plan: Plan, console: Console) -> None:
-    from gradrank.cli.tables import by_type, plan_lines, rank_maps
+    from gradrank.cli.tables import by_type, partition_table, plan_lines, rank_maps
     from gradrank.report.text import clean
 
     targets = [planned.target for planned in plan.targets]
@@ -55,12 +55,21 @@ def _show_plan(plan: Plan, console: Console) -> None:
     model = plan.provenance.get("model_spec") or plan.provenance.get("model_name")
     console.show(
         clean(f"method {plan.method} ({options or 'no options'}) on {model or 'an unnamed model'}"),
-        *rank_maps(targets, plan.ranks),
-        by_type(targets, plan.ranks),
+        *rank_maps(targets, plan.ranks, plan.partitions),
+        *partition_table(plan),
+        by_type(targets, plan.ranks, plan.partitions),
         *plan_lines(plan),
         f"scale: lora_alpha / {plan.reference_rank} for every target, whatever its rank",
     )
-    console.result({"kind": "plan", **plan.to_dict(), "ranks": plan.ranks, "slack": plan.slack})
+    console.result(
+        {
+            "kind": "plan",
+            **plan.to_dict(),
+            "ranks": plan.ranks,
+            "partitions": {name: split.to_dict() for name, split in plan.partitions.items()},
+            "slack": plan.slack,
+        }
+    )
 
 
 def _show_adapter(facts: AdapterFacts, console: Console) -> None:

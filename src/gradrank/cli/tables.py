@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from gradrank.core.partition import NeuronPartition
 from gradrank.core.plan import Plan
 from gradrank.core.targets import Target
 from gradrank.record import RunRecord
@@ -36,12 +37,17 @@ def table(
     return made
 
 
-def by_type(targets: Sequence[Target], ranks: Mapping[str, int]) -> Table:
+def by_type(
+    targets: Sequence[Target],
+    ranks: Mapping[str, int],
+    partitions: Mapping[str, NeuronPartition] | None = None,
+) -> Table:
     """Return ranks and parameters by type of module.
 
     Args:
         targets: The targets.
         ranks: Rank per target.
+        partitions: Neuron partition per target, of those that have one.
 
     Returns:
         The table.
@@ -49,11 +55,17 @@ def by_type(targets: Sequence[Target], ranks: Mapping[str, int]) -> Table:
     groups: dict[str, list[Target]] = {}
     for target in targets:
         groups.setdefault(target.module_type, []).append(target)
-    total = sum(ranks[t.name] * t.cost for t in targets) or 1
+    split = partitions or {}
+    costs = {
+        t.name: split[t.name].parameters(t.d_in) if t.name in split else ranks[t.name] * t.cost
+        for t in targets
+    }
+    total = sum(costs.values()) or 1
     rows = []
     for kind, members in groups.items():
         held = [ranks[t.name] for t in members]
-        spent = sum(ranks[t.name] * t.cost for t in members)
+        spent = sum(costs[t.name] for t in members)
+        parted = [sum(t.name in split for t in members) or ""] if split else []
         rows.append(
             (
                 kind,
@@ -62,6 +74,7 @@ def by_type(targets: Sequence[Target], ranks: Mapping[str, int]) -> Table:
                 f"{statistics.fmean(held):.1f}",
                 max(held),
                 sum(1 for rank in held if not rank) or "",
+                *parted,
                 f"{spent:,}",
                 f"{spent / total:.0%}",
             )
@@ -73,36 +86,82 @@ def by_type(targets: Sequence[Target], ranks: Mapping[str, int]) -> Table:
         "mean",
         "most",
         "dropped",
+        *(["split"] if split else []),
         "parameters",
         "share",
     )
     return table("", heads, rows)
 
 
-def rank_maps(targets: Sequence[Target], ranks: Mapping[str, int]) -> list[Table]:
+def rank_maps(
+    targets: Sequence[Target],
+    ranks: Mapping[str, int],
+    partitions: Mapping[str, NeuronPartition] | None = None,
+) -> list[Table]:
     """Return one table layer x module type of ranks per stack of layers.
 
     Args:
         targets: The targets.
         ranks: Rank per target.
+        partitions: Neuron partition per target, of those that have one.
 
     Returns:
-        The tables; rank 0 is a dot, and a module that a layer lacks is blank.
+        The tables; rank 0 is a dot, a module that a layer lacks is blank, and a partition is
+        written ``16|2``: rank 16 for dominant rows, rank 2 for the others.
     """
-    stacks: dict[str, dict[int | None, dict[str, int]]] = {}
+    split = partitions or {}
+    stacks: dict[str, dict[int | None, dict[str, str]]] = {}
     for target in targets:
         rows = stacks.setdefault(target.stack, {})
-        rows.setdefault(target.depth, {})[_within_layer(target)] = ranks[target.name]
+        cell = _rank(ranks[target.name], split.get(target.name))
+        rows.setdefault(target.depth, {})[_within_layer(target)] = cell
     made = []
     for stack, rows in stacks.items():
         columns = list(dict.fromkeys(name for row in rows.values() for name in row))
         short = _short_names(columns)
         cells = [
-            ["-" if depth is None else depth, *(_rank(row.get(name)) for name in columns)]
+            ["-" if depth is None else depth, *(row.get(name, "") for name in columns)]
             for depth, row in rows.items()
         ]
         made.append(table(f"ranks in {stack or 'the model'}", ["layer", *short], cells, left=0))
     return made
+
+
+def partition_table(plan: Plan) -> list[Table]:
+    """Return the neuron partitions of a plan, one line each.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        The table; nothing if the plan has no partition.
+    """
+    rows = [
+        (
+            planned.target.name,
+            split_words(planned.partition),
+            f"{planned.parameters:,}",
+        )
+        for planned in plan.targets
+        if planned.partition is not None
+    ]
+    heads = ("target", "ranks x output rows", "parameters")
+    return [table("neuron partitions", heads, rows, left=2)] if rows else []
+
+
+def split_words(partition: NeuronPartition) -> str:
+    """Return a partition in words, with sizes that add up to its rows.
+
+    Args:
+        partition: The partition.
+
+    Returns:
+        For example ``"16 x 192 rows + 2 x 384"``; rows without an adapter are said so.
+    """
+    rows = partition.dominant_rows
+    rest, lower = partition.d_out - rows, partition.supplementary_rank
+    others = f"{lower} x {rest:,}" if lower else f"none on {rest:,}"
+    return f"{partition.rank} x {rows:,} rows + {others}"
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -119,6 +178,12 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{plan.parameters:,} of {plan.budget_parameters:,} adapter parameters "
         f"(budget {plan.budget}, {plan.slack:,} left) on {used} of {len(plan.ranks)} targets"
     ]
+    if plan.partitions:
+        held = sum(planned.parameters for planned in plan.targets if planned.partition is not None)
+        lines.append(
+            f"partitions: {len(plan.partitions)} targets split their output rows, on "
+            f"{held / plan.parameters:.0%} of the parameters"
+        )
     told = plan.reliability or {}
     if told.get("recommendation"):
         verdict = clean(told["recommendation"])
@@ -165,8 +230,10 @@ def run_lines(record: RunRecord) -> list[str]:
     return lines
 
 
-def _rank(rank: int | None) -> str:
-    return "" if rank is None else str(rank) if rank else "·"
+def _rank(rank: int, partition: NeuronPartition | None) -> str:
+    if partition is not None:
+        return f"{partition.rank}|{partition.supplementary_rank}"
+    return str(rank) if rank else "·"
 
 
 def _within_layer(target: Target) -> str:

@@ -4,12 +4,14 @@ from pathlib import Path
 
 from gradrank.cli.console import Console
 from gradrank.cli.folders import run_folder
+from gradrank.cli.lengths import in_steps, rehearsed
 from gradrank.cli.planning import make_plan
 from gradrank.cli.prepare import Prepared, prepare
 from gradrank.cli.settings import Settings
 from gradrank.cli.tables import plan_lines
 from gradrank.cli.training import carry_out, last_words, write_start
 from gradrank.core.plan import Plan
+from gradrank.lab.encode import size_of
 from gradrank.methods.registry import create
 from gradrank.signals.measurement import Measurement
 
@@ -23,8 +25,10 @@ def run(settings: Settings, console: Console, resume: bool) -> None:
         resume: Whether ``settings.out`` holds the run already.
     """
     if settings.plan is None:
-        create(settings.method, settings.options)  # a wrong option is told before a model is loaded
+        # a wrong option is told before a model is loaded
+        create(settings.method, rehearsed(settings).options)
     prepared = prepare(settings, console)
+    asked, settings = settings, in_steps(settings, size_of(prepared.data.train))
     if resume:
         _go_on(prepared, settings, console)
         return
@@ -36,7 +40,7 @@ def run(settings: Settings, console: Console, resume: bool) -> None:
     for line in plan_lines(plan):
         console.say(line)
     with run_folder(settings.chosen_out, settings.overwrite) as folder:
-        write_start(folder, settings, plan, measurement)
+        write_start(folder, asked, plan, measurement)
         outcome = carry_out(prepared, plan, settings, folder, console, measurement).outcome
     last_words(outcome, folder)
 

@@ -95,7 +95,8 @@ def carry_out(
     created = now()
     capacity = moving(plan, settings)
     torch.manual_seed(settings.seed)
-    model = apply(plan, prepared.loaded.model, settings.lora_alpha or 16, **_head(prepared))
+    options = {"lora_dropout": settings.lora_dropout or 0.0, **_head(prepared)}
+    model = apply(plan, prepared.loaded.model, settings.lora_alpha or 16, **options)
     with console.progress(label) as tell:
         outcome = train(
             model,
@@ -222,7 +223,7 @@ def make_record(
         "tokens": outcome.tokens,
         "peak_memory_bytes": outcome.peak_memory_bytes,
     }
-    record.decisions = outcome.decisions
+    record.decisions, record.neurons = outcome.decisions, outcome.neurons
     if outcome.ranks_over_time:
         record.ranks_over_time = outcome.ranks_over_time
     used = [outcome.adapter_parameters, *(d["parameters"] for d in outcome.decisions)]

@@ -1,5 +1,6 @@
 """How a verb's help looks: flags under headings, examples as they are written."""
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -11,6 +12,35 @@ class Flag(click.Option):
     def __init__(self, *names: str, group: str, **rest: Any) -> None:
         super().__init__(list(names), **rest)
         self.group = group
+
+
+def flag(group: str, *names: str, **rest: Any) -> Callable[[], Flag]:
+    """Return what makes a flag; every verb needs one of its own.
+
+    Args:
+        group: Heading.
+        *names: As for ``click.Option``.
+        **rest: As for ``click.Option``; defaults are shown unless it says otherwise.
+
+    Returns:
+        A function without arguments.
+    """
+    rest.setdefault("show_default", True)
+    return lambda: Flag(*names, group=group, **rest)
+
+
+def switch(group: str, name: str, text: str) -> Callable[[], Flag]:
+    """Return what makes a flag without a value, off unless it is given.
+
+    Args:
+        group: Heading.
+        name: Its name.
+        text: Its help.
+
+    Returns:
+        A function without arguments.
+    """
+    return flag(group, name, is_flag=True, default=False, show_default=False, help=text)
 
 
 class Verb(click.Command):

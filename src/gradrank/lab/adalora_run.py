@@ -190,6 +190,11 @@ class AdaLoraCallback(TrainerCallback):
         """Adapter parameters in use when the run began; None before."""
         return self.driver.peak if self.driver else None
 
+    @property
+    def neurons(self) -> None:
+        """Nothing: AdaLoRA splits no neurons."""
+        return None
+
     def close(self) -> None:
         """Nothing is hooked; there for those who treat all callbacks of a run alike."""
 

@@ -13,6 +13,7 @@ import yaml
 
 from gradrank.core.budget import Budget
 from gradrank.core.errors import DataError, OptionError, nearest
+from gradrank.lab.epochs import options_in_steps
 from gradrank.methods.registry import create
 
 SCHEMA = "gradrank.recipe/1"
@@ -149,7 +150,8 @@ def _variant(entry: Any, where: str) -> Variant:
     options = entry.get("option") or {}
     if not isinstance(options, dict):
         raise DataError(f"recipe '{where}': 'option' must be a mapping; found {options!r}.")
-    create(str(entry["method"]), options)
+    # How many steps an epoch has is not known yet, and makes no option right or wrong.
+    create(str(entry["method"]), options_in_steps(options, 1, 1))
     return Variant(str(entry.get("label", entry["method"])), str(entry["method"]), options)
 
 

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from gradrank.core.errors import OptionError, nearest
 
-SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup"}
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Settings that may differ between a run and its resumption, because they leave the result alone.
 _FREE = {"eval_every", "eval_batch_size", "max_eval_batches", "save_every", "keep_checkpoints"}
@@ -24,7 +24,7 @@ class TrainSettings:
         batch_size: Examples in a micro-batch.
         accumulation: Micro-batches in a step.
         lr: Peak learning rate of AdamW.
-        schedule: ``linear`` (to zero) or ``constant``, both after ``warmup`` steps.
+        schedule: ``linear`` or ``cosine`` (both to zero) or ``constant``, after ``warmup`` steps.
         warmup: Steps over which the rate rises from zero.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Gradients are clipped to this norm; 0 never clips.

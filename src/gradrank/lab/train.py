@@ -40,6 +40,11 @@ class Capacity(Protocol):
         """Adapter parameters in use when the run began."""
         ...
 
+    @property
+    def neurons(self) -> dict[str, Any] | None:
+        """Neuron partitions and what they rest on, of methods that split neurons."""
+        ...
+
     def close(self) -> None:
         """Remove all hooks."""
         ...
@@ -65,6 +70,7 @@ class TrainOutcome:
         other_parameters: Other trainable parameters (a task head).
         ranks_over_time: ``[step, {target: rank}]`` where ranks moved while training.
         decisions: What was decided while training, as :class:`gradrank.RunRecord` keeps it.
+        neurons: Neuron partitions and what they rest on, as the record keeps them.
     """
 
     status: str = "finished"
@@ -82,6 +88,7 @@ class TrainOutcome:
     other_parameters: int = 0
     ranks_over_time: list[Any] = field(default_factory=list)
     decisions: list[dict[str, Any]] = field(default_factory=list)
+    neurons: dict[str, Any] | None = None
 
 
 def train(
@@ -243,6 +250,7 @@ class _Run:
         if self.capacity is not None:
             outcome.ranks_over_time = self.capacity.ranks_over_time
             outcome.decisions = self.capacity.decisions
+            outcome.neurons = self.capacity.neurons
             # Methods that prune begin with more than the plan's ranks.
             began = self.capacity.start_parameters
             outcome.adapter_parameters = began or outcome.adapter_parameters

@@ -128,12 +128,18 @@ class NeuronCourse(Course, Protocol):
         ceilings: Rank of every target in the first stage, by name.
         supplementary: Rank r' of rows that are not dominant, by name of the target.
         start: What the second stage begins with: ``restart`` or ``warm``.
+        hits: How often each neuron was important, ``[d_out]`` int64, by target.
+        looks: How many looks counted, by target.
     """
 
     @property
     def supplementary(self) -> Mapping[str, int]: ...  # noqa: D102
     @property
     def start(self) -> str: ...  # noqa: D102
+    @property
+    def hits(self) -> Mapping[str, Tensor]: ...  # noqa: D102
+    @property
+    def looks(self) -> Mapping[str, int]: ...  # noqa: D102
 
     def look(self, importance: Mapping[str, Tensor]) -> None:
         """Take in one look: ``S_i`` per output neuron, ``[d_out]`` float32, by target."""

@@ -6,7 +6,9 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType
 from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 
+from gradrank.allocation.capacities import RowSplit
 from gradrank.core.errors import MeasurementError, OptionError, nearest
+from gradrank.core.partition import Capacity
 from gradrank.core.targets import Target
 from gradrank.signals.measure import MAX_SKETCH, Signal
 from gradrank.signals.measurement import Measurement
@@ -21,11 +23,14 @@ class Assessment:
         gains: For methods that price each direction: gain of rank 1, 2, ... per target. Unit:
             the method's own; None for methods that only score.
         details: Further columns per target for the plan, plain data.
+        splits: For methods that also price neuron partitions: ways to split a target's output
+            rows, in the unit of ``gains``.
     """
 
     scores: Mapping[str, float]
     gains: Mapping[str, Sequence[float]] | None = None
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    splits: Mapping[str, Sequence[RowSplit]] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -57,6 +62,21 @@ class Method(Protocol):
         self, targets: Sequence[Target], assessment: Assessment, budget: int
     ) -> dict[str, int]:
         """Return a rank per target, zeros included, within ``budget`` parameters."""
+        ...
+
+
+@runtime_checkable
+class CapacityMethod(Method, Protocol):
+    """A method that gives some targets a neuron partition instead of one rank for all rows.
+
+    :meth:`Method.ranks` then gives the rank of the stock LoRA that holds each capacity, from which
+    the parameters do not follow.
+    """
+
+    def capacities(
+        self, targets: Sequence[Target], assessment: Assessment, budget: int
+    ) -> dict[str, Capacity]:
+        """Return a rank or a partition per target, within ``budget`` parameters."""
         ...
 
 

@@ -14,6 +14,8 @@ _PATHS = {
     "igu": "gradrank.methods.igu:Igu",
     "igu-direction": "gradrank.methods.igu_direction:IguDirection",
     "adalora": "gradrank.methods.adalora:AdaLora",
+    "hybrid": "gradrank.methods.hybrid:Hybrid",
+    "pilora": "gradrank.methods.pilora:PiLora",
     "gradient-norm": "gradrank.methods.gradient_norm:GradientNorm",
     "depth": "gradrank.methods.depth:Depth",
     "random": "gradrank.methods.random_scores:RandomScores",

@@ -21,12 +21,16 @@ MAX_ALLOCATIONS = 6
 
 @dataclass(frozen=True)
 class Allocation:
-    """The ranks that one or several runs share: the final ones, and where they began."""
+    """The ranks that one or several runs share: the final ones, and where they began.
+
+    ``split`` holds the targets whose rows are split in two groups; their rank is r + r'.
+    """
 
     label: str
     ranks: Mapping[str, int]
     mark: Mark
     start: Mapping[str, int] | None = None
+    split: frozenset[str] = frozenset()
 
     @property
     def constant(self) -> int | None:
@@ -49,6 +53,7 @@ def allocations(runs: Sequence[Run]) -> list[Allocation]:
     for run in runs:
         if run.planned:
             key = tuple(tuple(sorted(r.items())) for r in (run.ranks, _started(run) or {}))
+            key = (*key, frozenset(run.splits))
             groups.setdefault(key, []).append(run)
     found: dict[str, Allocation] = {}
     for group in list(groups.values())[:MAX_ALLOCATIONS]:
@@ -59,7 +64,8 @@ def allocations(runs: Sequence[Run]) -> list[Allocation]:
         if label in found:
             label = f"{label} as {label_of(group[0])}"
         first = group[0]
-        found[label] = Allocation(label, first.ranks, marks[first.label], _started(first))
+        mark, split = marks[first.label], frozenset(first.splits)
+        found[label] = Allocation(label, first.ranks, mark, _started(first), split)
     return list(found.values())
 
 
@@ -99,6 +105,7 @@ def rank_heat_map(runs: Sequence[Run], layout: Layout) -> Figure | None:
     caption = "Brighter is a higher rank, so more directions for that matrix to change in."
     if any(0 in a.ranks.values() for a in varied):
         caption += " Light grey cells are rank 0: those targets carry no adapter."
+    caption += _split_note(varied, "Of targets with a neuron partition r + r'")
     caption += _constant_note(every, varied) + _start_note(varied) + _dropped_note(layout, MAX_ROWS)
     title = _titled("Rank of every target", runs)
     headline = " ".join(text for a in varied if (text := _depths(a, layout)))
@@ -150,6 +157,7 @@ def rank_profile(runs: Sequence[Run], layout: Layout) -> Figure | None:
     drawn = small_multiples(list(lines), draw, axis, "rank", (handles, list(marks)))
     caption = " ".join(_extremes(a, layout) for a in every if a.constant is None)
     caption = caption or "Every layer of a type has the same rank."
+    caption += _split_note(every, "Of targets with a neuron partition r + r'")
     caption += _dropped_note(layout, MAX_PANELS)
     return finish(drawn, "rank-profile", _titled("Rank by layer", runs), caption, lines)
 
@@ -178,6 +186,11 @@ def rank_histogram(runs: Sequence[Run]) -> Figure | None:
         counted, mark = data[label], by_label[label].mark
         style = {"color": mark.color, "hatch": mark.hatch, "edgecolor": "white", "linewidth": 0.5}
         ax.bar(list(counted), list(counted.values()), width=0.86, **style)
+        split = by_label[label].split
+        halves = Counter(rank for n, rank in by_label[label].ranks.items() if n in split)
+        if halves:
+            hollow = {"color": "white", "edgecolor": mark.color, "hatch": "xx", "linewidth": 1.0}
+            ax.bar(list(halves), list(halves.values()), width=0.74, **hollow)
         for other in every:
             if varied and other.constant is not None:
                 ax.axvline(other.constant, color="#444444", linestyle=other.mark.line)
@@ -194,6 +207,7 @@ def rank_histogram(runs: Sequence[Run]) -> Figure | None:
     if constant:
         lines = listed(f"{a.label} (rank {a.constant} everywhere)" for a in constant)
         caption += f" The broken line marks {lines}."
+    caption += _split_note(bars, "Crossed bars count targets with a neuron partition: there r + r'")
     title = f"Distribution of {'final ' if final(runs) else ''}ranks"
     return finish(drawn, "rank-histogram", title, caption, data)
 
@@ -250,6 +264,12 @@ def _start_note(drawn: Sequence[Allocation]) -> str:
             same[a.label] = ranks.pop()
     notes = listed(f"{label} had rank {rank}" for label, rank in same.items())
     return f" At the start every target of {notes}." if notes else ""
+
+
+def _split_note(drawn: Sequence[Allocation], what: str) -> str:
+    if not any(a.split for a in drawn):
+        return ""
+    return f" {what} is shown, the rank of the stock LoRA; no row is trained with that much."
 
 
 def _depths(allocation: Allocation, layout: Layout) -> str:

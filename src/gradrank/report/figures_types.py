@@ -72,6 +72,8 @@ def type_means(runs: Sequence[Run], layout: Layout) -> Figure | None:
     add_legend(drawn, *legend, shape, left=6, handlelength=2.2)
     caption = "Filled: the mean over all layers of a type" + (", in the end." if moved else ".")
     caption += " Hollow: at the start of training." if moved else ""
+    if any(a.split for a in every):
+        caption += " A neuron partition counts with r + r', the rank of its stock LoRA."
     if len(rows) > len(shown):
         caption += f" The first {count(MAX_TYPES)} module types are drawn."
     title = "Mean rank by module type" + (", start and end" if final(runs) else "")

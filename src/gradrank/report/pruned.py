@@ -82,6 +82,8 @@ def larger_while_training(runs: Sequence[Run]) -> list[Paragraph]:
         settled = run.history.settled if run.history else None
         times = f"{number((run.peak or 0) / (run.parameters or 1), 3)} times its final size"
         down = f", pruned down to it by step {count(settled)}" if settled else ""
+        if run.neurons is not None and run.neurons.step is not None:
+            down = f", until rows were split after step {count(run.neurons.step)}"
         who.append(f"{run.label} used up to {count(run.peak)} parameters ({times}{down})")
     text = (
         f"{'; '.join(who)}. Only final sizes are matched here, so part of any difference may come "

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from gradrank.core.errors import DataError
+from gradrank.core.partition import NeuronPartition
 from gradrank.record import RunRecord
 from gradrank.report.history import History
 from gradrank.report.history_reading import read_history
+from gradrank.report.neurons import read_neurons, read_partition
 from gradrank.report.text import as_count, as_float, clean, shorten
 from gradrank.report.view import Measured, Measurement, Planned, Run
 
@@ -113,6 +115,10 @@ def _read_run(record: RunRecord) -> Run:
     budget = as_count(_mapping(plan.get("budget")).get("parameters"))
     costs = {key: entry.d_in + entry.d_out for key, entry in planned.items() if entry.shaped}
     history = read_history(record, costs, budget, as_float(options.get("tolerance")))
+    neurons, splits = read_neurons(record)
+    if splits and history is not None and len(history.events) <= 1:
+        # One split is no history of ranks: priced by ranks alone, parameters would be wrong.
+        history = None
     return Run(
         label=shorten(clean(record.name), 32) or "unnamed",
         method=clean(name, 60),
@@ -120,7 +126,7 @@ def _read_run(record: RunRecord) -> Run:
         status=clean(record.status, 20),
         seed=as_count(_mapping(record.seeds).get("run")),
         record=record,
-        planned=_with_final_ranks(planned, history),
+        planned=_with_splits(_with_final_ranks(planned, history), splits),
         budget=budget,
         provenance=_mapping(plan.get("provenance")),
         reliability=reliability if isinstance(reliability, Mapping) else None,
@@ -130,6 +136,7 @@ def _read_run(record: RunRecord) -> Run:
         metrics=_numbers(record.metrics),
         cost=_numbers(record.cost),
         history=history,
+        neurons=neurons,
     )
 
 
@@ -140,7 +147,25 @@ def _read_planned(plan: Mapping[str, Any]) -> dict[str, Planned]:
         rank, d_in, d_out = (as_count(row.get(key)) for key in ("rank", "d_in", "d_out"))
         if rank is not None:
             score = as_float(row.get("score"))
-            result[clean(name)] = Planned(rank, d_in or 0, d_out or 0, score)
+            split = read_partition(row["partition"]) if "partition" in row else None
+            fits = split is not None and (split.d_out, split.lora_rank) == (d_out, rank)
+            kept = split if fits else None
+            result[clean(name)] = Planned(rank, d_in or 0, d_out or 0, score, kept)
+    return result
+
+
+def _with_splits(
+    planned: Mapping[str, Planned], splits: Mapping[str, NeuronPartition]
+) -> Mapping[str, Planned]:
+    """Return what targets have after their rows were split; one that contradicts its shape is not.
+
+    A target that the plan does not name has rows, but no known input.
+    """
+    result = dict(planned)
+    for name, split in splits.items():
+        entry = planned.get(name, Planned(0, 0, 0, None))
+        if entry.d_out in {0, split.d_out}:
+            result[name] = replace(entry, rank=split.lora_rank, split=split)
     return result
 
 
@@ -150,11 +175,12 @@ def _with_final_ranks(
     """Return the ranks at the end of a run; a target that its history left out has rank 0."""
     if history is None or not history.ranks:
         return planned
-    unknown = Planned(0, 0, 0, None)
-    return {
-        name: replace(planned.get(name, unknown), rank=history.final.get(name, 0))
-        for name in dict.fromkeys([*planned, *history.targets])
-    }
+    result = {}
+    for name in dict.fromkeys([*planned, *history.targets]):
+        entry, rank = planned.get(name, Planned(0, 0, 0, None)), history.final.get(name, 0)
+        split = entry.split if entry.split and entry.split.lora_rank == rank else None
+        result[name] = replace(entry, rank=rank, split=split)
+    return result
 
 
 def _read_measurement(record: RunRecord, alpha: float | None) -> Measurement | None:

@@ -16,6 +16,7 @@ from gradrank.report.figures_training import loss_curves, loss_difference
 from gradrank.report.figures_types import type_means
 from gradrank.report.layout import Layout, arrange
 from gradrank.report.reading import distinct_measurements
+from gradrank.report.sections_neurons import neurons_section
 from gradrank.report.sections_time import history_section
 from gradrank.report.svg import Figure
 from gradrank.report.tables import cost_table, results_table, target_table
@@ -48,6 +49,7 @@ def gather(runs: Sequence[Run]) -> Material:
         names.update(dict.fromkeys(run.planned))
         if run.history is not None:
             names.update(dict.fromkeys([*run.history.targets, *run.history.measured]))
+        names.update(dict.fromkeys(run.neurons.maps if run.neurons else ()))
     for measured in measurements:
         names.update(dict.fromkeys(measured.targets))
     return Material(runs, measurements, arrange(names))
@@ -62,8 +64,10 @@ def all_sections(material: Material) -> list[Section]:
     Returns:
         The sections.
     """
-    makers = (_result, _capacity, _history, _measured, _trust, _training, _cost, _replay)
-    return [section for make in makers if (section := make(material)).blocks]
+    moved = [make(material.runs, material.layout) for make in (neurons_section, history_section)]
+    first = [_result(material), _capacity(material), *moved]
+    makers = (_measured, _trust, _training, _cost, _replay)
+    return [section for section in (*first, *(make(material) for make in makers)) if section.blocks]
 
 
 def _figures(*drawn: Figure | None) -> list[Block]:
@@ -92,10 +96,6 @@ def _capacity(material: Material) -> Section:
         rank_profile(runs, layout),
     )
     return Section("capacity", title, blocks)
-
-
-def _history(material: Material) -> Section:
-    return history_section(material.runs, material.layout)
 
 
 def _measured(material: Material) -> Section:

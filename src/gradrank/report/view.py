@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gradrank.core.partition import NeuronPartition
 from gradrank.record import RunRecord
 from gradrank.report.history import History
+from gradrank.report.neurons import Neurons
 from gradrank.report.text import as_count
 
 BASELINE = "uniform"
@@ -13,12 +15,17 @@ BASELINE = "uniform"
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What a plan gives one target: rank, shape, parameters and the method's score."""
+    """What a plan gives one target: rank, shape, parameters and the method's score.
+
+    ``split`` tells which rows are dominant, if the target's rows do not all get the same;
+    ``rank`` is then that of the stock LoRA which holds both groups.
+    """
 
     rank: int
     d_in: int
     d_out: int
     score: float | None
+    split: NeuronPartition | None = None
 
     @property
     def shaped(self) -> bool:
@@ -28,6 +35,8 @@ class Planned:
     @property
     def parameters(self) -> int:
         """Trainable parameters, recomputed and not trusted from the file."""
+        if self.split is not None:
+            return self.split.parameters(self.d_in)
         return self.rank * (self.d_in + self.d_out)
 
 
@@ -73,7 +82,8 @@ class Measurement:
 class Run:
     """One record as the report sees it; every text in it is cleaned, every number finite.
 
-    ``planned`` holds the final ranks where ``history`` tells them, else those of the plan.
+    ``planned`` holds the final ranks and partitions where ``history`` or ``neurons`` tell them,
+    else those of the plan.
     """
 
     label: str
@@ -92,6 +102,7 @@ class Run:
     metrics: Mapping[str, float]
     cost: Mapping[str, float]
     history: History | None = None
+    neurons: Neurons | None = None
 
     @property
     def finished(self) -> bool:
@@ -102,6 +113,11 @@ class Run:
     def ranks(self) -> dict[str, int]:
         """Rank by target name, zeros included."""
         return {name: planned.rank for name, planned in self.planned.items()}
+
+    @property
+    def splits(self) -> dict[str, NeuronPartition]:
+        """Neuron partition by target name, of those targets that have one."""
+        return {name: p.split for name, p in self.planned.items() if p.split is not None}
 
     @property
     def parameters(self) -> int | None:
@@ -120,12 +136,14 @@ class Run:
     @property
     def falls(self) -> bool:
         """Whether training began above the budget and came down to it."""
+        if self.neurons is not None and self.budget is not None:
+            return (self.peak or 0) > self.budget
         return self.history is not None and self.history.falls
 
     @property
     def shaped(self) -> bool:
         """Whether ranks are known, and the shape of every target that history added to them."""
-        added = self.history.targets if self.history else ()
+        added = [*(self.history.targets if self.history else ()), *self.splits]
         return bool(self.planned) and all(
             self.planned[name].shaped for name in added if self.planned[name].rank
         )
@@ -188,4 +206,4 @@ def final(runs: Iterable[Run]) -> bool:
     Returns:
         Whether any of them has one.
     """
-    return any(run.history is not None for run in runs)
+    return any(run.history is not None or run.neurons is not None for run in runs)

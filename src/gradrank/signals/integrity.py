@@ -1,5 +1,6 @@
 """What a measurement read from a file must satisfy before anything is computed from it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from gradrank.signals.mean_gradient import EVEN, ODD, WHOLE, MeanGradientStatist
 from gradrank.signals.spectrum import SpectrumStatistic
 
 MAX_BATCHES = 65_536
+# Row factors are kept in float32; the singular values in float64.
+_SAME_ENERGY = 1e-4
 
 
 def check_parts(
@@ -24,7 +27,7 @@ def check_parts(
     Args:
         targets: The targets.
         spectrum: Gram matrices, if measured.
-        mean_gradient: Singular values, if measured.
+        mean_gradient: Singular values and row factors, if measured.
         info: Provenance.
 
     Raises:
@@ -76,6 +79,25 @@ def _check_mean_gradient(statistic: MeanGradientStatistic, targets: Sequence[Tar
             _check_tensor(values, values.shape[:1], what)
             if not 0 < values.numel() <= target.max_rank or bool((values < 0).any()):
                 raise ValueError(f"the {what} are negative, or too many for its shape")
+            if statistic.rows:
+                _check_rows(statistic, part, target, values)
+        if statistic.rows:
+            _check_names(statistic.rows[part], [target.name for target in targets], "row factors")
+
+
+def _check_rows(
+    statistic: MeanGradientStatistic, part: str, target: Target, values: Tensor
+) -> None:
+    factors = statistic.rows[part].get(target.name)
+    if factors is None:
+        raise ValueError(f"'{target.name}' has no row factors")
+    what = f"row factors of '{target.name}'"
+    _check_tensor(factors, (target.d_out, values.numel()), what)
+    energy, expected = float(factors.double().square().sum()), float(values.square().sum())
+    if not math.isclose(energy, expected, rel_tol=_SAME_ENERGY):
+        raise ValueError(
+            f"the {what} hold the energy {energy:g}, and its singular values {expected:g}"
+        )
 
 
 def _check_names(named: Mapping[str, Tensor], names: Sequence[str], what: str) -> None:

@@ -5,7 +5,7 @@ spectrum over batches of :mod:`gradrank.signals.spectrum`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
+from gradrank.ops.rows import row_factors
 from gradrank.ops.sketch import (
     fold,
     prime_at_least,
@@ -23,6 +24,7 @@ from gradrank.ops.sketch import (
 from gradrank.signals.spectrum import refuse_non_finite
 
 WHOLE, EVEN, ODD = "whole", "even", "odd"
+_ROWS = "rows-"
 
 
 @dataclass
@@ -36,12 +38,16 @@ class MeanGradientStatistic:
             after loading, and then the statistic cannot be merged.
         counts: Batches per part.
         seed: Seed of the sketch.
+        rows: ``{part: {target: F [d_out, k] float32}}``, the row factors of the mean gradient
+            (``F Fᵀ`` approximates ``G Gᵀ``), from which the energies of any set of output rows
+            follow; empty unless they were asked for. ``4 k`` bytes per row and part.
     """
 
     values: dict[str, dict[str, Tensor]]
     sketches: dict[str, dict[str, tuple[Tensor, Tensor]]]
     counts: dict[str, int]
     seed: int = 0
+    rows: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def batches(self) -> int:
@@ -57,16 +63,37 @@ class MeanGradientStatistic:
         Returns:
             A statistic whose ``whole`` is that half.
         """
+        rows = {WHOLE: self.rows[part]} if self.rows else {}
         return MeanGradientStatistic(
-            {WHOLE: self.values[part]}, {}, {WHOLE: self.counts[part]}, self.seed
+            {WHOLE: self.values[part]}, {}, {WHOLE: self.counts[part]}, self.seed, rows
         )
 
+    def need_rows(self) -> dict[str, Tensor]:
+        """Return the row factors of all batches, ``[d_out, k]`` float32 per target.
+
+        Returns:
+            The factors.
+
+        Raises:
+            MeasurementError: If they were not kept.
+        """
+        if WHOLE not in self.rows:
+            raise MeasurementError(
+                "this measurement of the mean gradient kept no row factors, which partitions of "
+                "rows need. Measure again with signal=MeanGradient(rows=True), or choose the "
+                "method before measuring."
+            )
+        return self.rows[WHOLE]
+
     @classmethod
-    def merge(cls, parts: "Sequence[MeanGradientStatistic]") -> "MeanGradientStatistic":
+    def merge(
+        cls, parts: "Sequence[MeanGradientStatistic]", rows: bool = False
+    ) -> "MeanGradientStatistic":
         """Return the statistic of the batches of several parts together.
 
         Args:
             parts: Statistics of the same targets, taken with the same sketch.
+            rows: Whether to keep row factors.
 
         Returns:
             The merged statistic. Even and odd batches stay with their halves.
@@ -89,18 +116,24 @@ class MeanGradientStatistic:
                 )
                 for name in parts[0].sketches[half]
             }
-        return from_sketches(sums, counts, parts[0].seed)
+        return from_sketches(sums, counts, parts[0].seed, rows)
 
     def tensors(self, sketches: bool) -> dict[str, Tensor]:
-        """Return what is saved: the singular values (the sketches are not).
+        """Return what is saved: singular values and row factors (the sketches are not).
 
         Args:
             sketches: Accepted for symmetry with other statistics.
 
         Returns:
-            ``PART/NAME``.
+            ``PART/NAME`` and ``rows-PART/NAME``.
         """
-        return {f"{p}/{name}": v for p, named in self.values.items() for name, v in named.items()}
+        kinds = (("", self.values), (_ROWS, self.rows))
+        return {
+            f"{prefix}{part}/{name}": tensor
+            for prefix, kind in kinds
+            for part, named in kind.items()
+            for name, tensor in named.items()
+        }
 
     @classmethod
     def from_tensors(
@@ -116,10 +149,12 @@ class MeanGradientStatistic:
             The statistic, without sketches.
         """
         values: dict[str, dict[str, Tensor]] = {WHOLE: {}, EVEN: {}, ODD: {}}
+        rows: dict[str, dict[str, Tensor]] = {WHOLE: {}, EVEN: {}, ODD: {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
-            values[part][name] = tensor
-        return cls(values, {}, counts)
+            kind = rows if part.startswith(_ROWS) else values
+            kind[part.removeprefix(_ROWS)][name] = tensor
+        return cls(values, {}, counts, rows=rows if any(rows.values()) else {})
 
 
 class MeanGradientProbe:
@@ -133,10 +168,13 @@ class MeanGradientProbe:
         corange: Height of the co-range sketch ``W = Uᵀ G``.
     """
 
-    def __init__(self, targets: Sequence[Target], directions: int, seed: int) -> None:
+    def __init__(
+        self, targets: Sequence[Target], directions: int, seed: int, rows: bool = False
+    ) -> None:
         self.size = prime_at_least(directions)
         self.corange = prime_at_least(2 * self.size + 1)
         self._seed = seed
+        self._rows = rows
         self._targets = list(targets)
         self._in_signs = {
             width: random_signs(width, seed_of(seed, "range", width))
@@ -186,7 +224,7 @@ class MeanGradientProbe:
                         torch.zeros(target.d_out, min(self.size, target.d_in)),
                         torch.zeros(min(self.corange, target.d_out), target.d_in),
                     )
-        return from_sketches(self._sums, self._counts, self._seed)
+        return from_sketches(self._sums, self._counts, self._seed, self._rows)
 
 
 def out_signs(seed: int, name: str, d_out: int) -> Tensor:
@@ -204,7 +242,10 @@ def out_signs(seed: int, name: str, d_out: int) -> Tensor:
 
 
 def from_sketches(
-    sums: dict[str, dict[str, tuple[Tensor, Tensor]]], counts: dict[str, int], seed: int
+    sums: dict[str, dict[str, tuple[Tensor, Tensor]]],
+    counts: dict[str, int],
+    seed: int,
+    rows: bool = False,
 ) -> MeanGradientStatistic:
     """Finish a statistic from summed sketches of the two halves.
 
@@ -212,11 +253,13 @@ def from_sketches(
         sums: ``{"even" | "odd": {target: (Y, W)}}``.
         counts: Batches of the two halves.
         seed: Seed of the sketch.
+        rows: Whether to keep row factors.
 
     Returns:
         The statistic.
     """
     values: dict[str, dict[str, Tensor]] = {WHOLE: {}, EVEN: {}, ODD: {}}
+    kept: dict[str, dict[str, Tensor]] = {WHOLE: {}, EVEN: {}, ODD: {}}
     whole = {**counts, WHOLE: counts[EVEN] + counts[ODD]}
     for name, (even_y, even_w) in sums[EVEN].items():
         odd_y, odd_w = sums[ODD][name]
@@ -228,10 +271,11 @@ def from_sketches(
         }
         for part, (y, w) in pairs.items():
             scale = 1 / max(whole[part], 1)
-            values[part][name] = singular_values_from_sketches(
-                y.cpu() * scale, w.cpu() * scale, signs
-            )
-    return MeanGradientStatistic(values, sums, whole, seed)
+            y, w = y.cpu() * scale, w.cpu() * scale  # noqa: PLW2901
+            values[part][name] = singular_values_from_sketches(y, w, signs)
+            if rows:
+                kept[part][name] = row_factors(y, w, signs)
+    return MeanGradientStatistic(values, sums, whole, seed, kept if rows else {})
 
 
 def _add(sums: dict[str, Any], name: str, pair: tuple[Tensor, Tensor]) -> None:

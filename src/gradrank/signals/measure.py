@@ -53,9 +53,12 @@ class MeanGradient:
 
     Attributes:
         directions: How many leading directions to resolve.
+        rows: Whether to keep row factors too, ``4 k`` bytes per output row for all batches and
+            for each half of them: what partitions of output neurons are priced by.
     """
 
     directions: int = 40
+    rows: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.directions <= MAX_SKETCH:
@@ -202,7 +205,9 @@ def _passes(
     passes: list[tuple[set[str], dict[str, BatchProbe]]] = []
     for signal in signals:
         if isinstance(signal, MeanGradient):
-            together["mean-gradient"] = MeanGradientProbe(targets, signal.directions, seed)
+            together["mean-gradient"] = MeanGradientProbe(
+                targets, signal.directions, seed, signal.rows
+            )
         elif signal.estimator == "sketch":
             together["spectrum"] = SketchProbe(targets, signal.sketch_dim, seed)
         else:
@@ -238,6 +243,7 @@ def _describe(model: nn.Module, signals: Sequence[Signal], seed: int) -> dict[st
         "estimator": spectrum.estimator if spectrum else "sketch",
         "sketch_dim": spectrum.sketch_dim if spectrum else None,
         "directions": mean.directions if mean else None,
+        "rows": mean.rows if mean else None,
         "seed": seed,
     }
 

@@ -41,7 +41,8 @@ class Measurement:
     Attributes:
         targets: The targets, in model order.
         spectrum: Gram matrices over batches, or None if not measured.
-        mean_gradient: Singular values of the mean gradients, or None if not measured.
+        mean_gradient: Singular values of the mean gradients (and row factors, if asked for), or
+            None if not measured.
         info: Provenance, plain data: model, estimator, sketch size, seed, batches, examples,
             tokens, seconds, base parameters, targets that no gradient reached.
     """
@@ -256,20 +257,23 @@ def merge(parts: Sequence[Measurement], interleave: bool = False) -> Measurement
         raise MeasurementError("there is no measurement to merge.")
     first = parts[0]
     keys = ("estimator", "sketch_dim", "directions", "seed", "signals")
+    rows = bool(first.info.get("rows"))
     for part in parts[1:]:
-        if part.targets != first.targets or any(
-            part.info.get(key) != first.info.get(key) for key in keys
+        if (
+            bool(part.info.get("rows")) != rows
+            or part.targets != first.targets
+            or any(part.info.get(key) != first.info.get(key) for key in keys)
         ):
             raise MeasurementError(
                 "measurements to be merged differ in targets, signals, estimator, sketch size, "
-                "directions or seed. Measure them with the same settings."
+                "directions, row factors or seed. Measure them with the same settings."
             )
     spectrum = mean = None
     if first.spectrum is not None:
         order = _order([part.batches for part in parts], interleave)
         spectrum = SpectrumStatistic.merge([p.need_spectrum() for p in parts], order)
     if first.mean_gradient is not None:
-        mean = MeanGradientStatistic.merge([p.need_mean_gradient() for p in parts])
+        mean = MeanGradientStatistic.merge([p.need_mean_gradient() for p in parts], rows)
     info = dict(first.info)
     for key in ("examples", "tokens"):
         info[key] = sum(int(part.info.get(key) or 0) for part in parts)

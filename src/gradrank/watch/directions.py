@@ -1,131 +1,24 @@
-"""How a run looks at gradients for its course, and turns a decision into edits."""
+"""Gradients of the adapter's own elements; directions in SVD form are taken away by them."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradrank.adapters.edits import Drop, Edit, Grow, Select, Shrink
+from gradrank.adapters.edits import Drop, Edit, Select
 from gradrank.adapters.optimizers import inner_optimizer
 from gradrank.adapters.view import lora_sites
-from gradrank.core.errors import OptionError, SurgeryError
-from gradrank.core.targets import Target
-from gradrank.methods.course import Course, Decision, DirectionCourse, SpectrumCourse
+from gradrank.core.errors import SurgeryError
+from gradrank.methods.course import Decision, DirectionCourse
 from gradrank.ops.many import many
 from gradrank.ops.orthogonality import penalty_gradient
 from gradrank.signals.distributed import of_first_process
-from gradrank.signals.layers import find_sites, unwrapped
+from gradrank.signals.layers import unwrapped
 from gradrank.signals.path import RANK_AXIS, Branch
 from gradrank.signals.replay import LossFunction
 from gradrank.signals.scoring import scorer_for
 from gradrank.signals.sensitivity import Observation, in_use
-from gradrank.signals.spectrum import under
-from gradrank.signals.window import Window
-
-
-class Watch(Protocol):
-    """What looks at one run's gradients; it keeps no time of its own."""
-
-    @property
-    def left_out(self) -> int:
-        """Mini-batches that were left out, since their gradients were not finite."""
-        ...
-
-    def before_step(self, step: int) -> None:
-        """Get ready for a step that begins."""
-        ...
-
-    def after_step(self, step: int) -> None:
-        """Take in a step that ended."""
-        ...
-
-    def pause(self) -> None:
-        """Leave the factors alone until the next :meth:`before_step`: they will be replaced."""
-        ...
-
-    def decide(self, ranks: Mapping[str, int], allowed: int) -> tuple[Decision, dict[str, Edit]]:
-        """Return the decision that falls due, and the edits that carry it out in all processes."""
-        ...
-
-    def decided(self, decision: Decision) -> None:
-        """The edits of a decision have been made."""
-        ...
-
-    def close(self) -> None:
-        """Remove all hooks; safe to call twice."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what a resumed run needs."""
-        ...
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state` returned."""
-        ...
-
-
-class SpectrumWatch:
-    """Sketches the gradients of recent mini-batches; ranks move up and down."""
-
-    def __init__(
-        self, model: nn.Module, course: SpectrumCourse, targets: tuple[Target, ...], seed: int
-    ) -> None:
-        self._course, self._targets = course, targets
-        sites = find_sites(model, [target.name for target in targets])
-        window: Any = course.schedule
-        directions = course.grow == "gradient"
-        self._window = Window(sites, course.signal, window.window, seed, directions)
-
-    @property
-    def left_out(self) -> int:
-        """Mini-batches that were left out."""
-        return self._window.dropped
-
-    def before_step(self, step: int) -> None:
-        """Install or remove hooks."""
-        if self._course.schedule.observes(step):
-            self._window.open()
-        else:
-            self._window.close()
-
-    def after_step(self, step: int) -> None:
-        """Close the step's mini-batch."""
-        if self._window.is_open:
-            self._window.end_step(step)
-
-    def pause(self) -> None:
-        """Nothing: its hooks are on modules, which stay."""
-
-    def decide(self, ranks: Mapping[str, int], allowed: int) -> tuple[Decision, dict[str, Edit]]:
-        """Return new ranks, and edits that shrink or grow to them."""
-        decision = self._course.decide(ranks, self._window.measurement())
-        names = [target.name for target in self._targets]
-        agreed = of_first_process([decision.ranks[name] for name in names])
-        sketches = self._window.directions()
-        edits = {
-            name: self._edit(ranks[name], rank, sketches.get(name))
-            for name, rank in zip(names, agreed, strict=True)
-        }
-        return decision, edits
-
-    def _edit(self, now: int, rank: int, sketch: Tensor | None) -> Edit:
-        return Grow(rank, sketch) if rank > now else Shrink(rank, self._course.shrink)
-
-    def decided(self, decision: Decision) -> None:
-        """Nothing: the window goes on."""
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        self._window.close()
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the window."""
-        return {f"window/{key}": value for key, value in self._window.state().items()}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take up the window."""
-        self._window.restore(under(state, "window/"))
 
 
 class DirectionWatch:
@@ -263,6 +156,9 @@ class DirectionWatch:
         self._course.follow(decision.keep or {})
         self._found = None
 
+    def evidence(self, decision: Decision) -> None:
+        """Nothing beside the decision."""
+
     def close(self) -> None:
         """Remove all hooks."""
         while self._handles:
@@ -277,39 +173,3 @@ class DirectionWatch:
         """Take up what :meth:`state` returned."""
         self._scorer.index, self.left_out = (int(n) for n in state["scorer/counts"].tolist())
         self._found = None
-
-
-def watch_for(
-    course: Course,
-    model: nn.Module,
-    optimizer: Any,
-    targets: tuple[Target, ...],
-    adapter: str,
-    seed: int,
-    loss_function: LossFunction | None = None,
-) -> Watch:
-    """Return what looks at gradients for a course.
-
-    Args:
-        course: The course.
-        model: The PEFT model, as it is trained.
-        optimizer: Its optimizer.
-        targets: The targets.
-        adapter: Name of the adapter.
-        seed: Seed of sketches, of points on the path and of new directions.
-        loss_function: ``loss_function(model, batch)``, where the model returns no loss.
-
-    Returns:
-        The watch.
-
-    Raises:
-        OptionError: If the course is of no known kind.
-    """
-    if isinstance(course, DirectionCourse):
-        return DirectionWatch(model, optimizer, course, adapter, seed, loss_function)
-    if isinstance(course, SpectrumCourse):
-        return SpectrumWatch(model, course, targets, seed)
-    raise OptionError(
-        f"a {type(course).__name__} is neither a SpectrumCourse nor a DirectionCourse; see "
-        "gradrank.methods.course."
-    )

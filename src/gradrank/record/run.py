@@ -12,6 +12,8 @@ from typing import Any
 
 from gradrank.core.errors import DataError
 from gradrank.core.files import read_json, write_json
+from gradrank.record.decisions import decision_fault
+from gradrank.record.neurons import neurons_fault
 
 SCHEMA = "gradrank.record/1"
 STATUSES = ("finished", "interrupted", "failed")
@@ -19,13 +21,9 @@ _OBJECTS = ("config", "environment", "seeds", "losses", "metrics", "cost", "trai
 _FORMS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("name", "kind", "created"), str, "text"),
     (_OBJECTS, dict, "an object"),
-    (("plan", "measurement"), dict | None, "an object or null"),
+    (("plan", "measurement", "neurons"), dict | None, "an object or null"),
     (("ranks_over_time", "decisions"), list, "a list"),
 )
-_DECISION_COUNTS = ("step", "parameters", "budget", "moved", "changed")
-_DECISION_MAPS = ("effective_rank", "smoothed", "energy", "importance")
-_DECISION_NUMBERS = ("seconds", "passes", "attributed", "loss_change", "gap")
-_NEVER_NEGATIVE = ("passes", "gap")
 
 
 @dataclass
@@ -56,6 +54,8 @@ class RunRecord:
         cost: ``measure_seconds``, ``train_seconds``, ``eval_seconds``, ``steps``,
             ``tokens``, ``peak_memory_bytes`` and what else is known.
         trainable_parameters: ``peak`` and ``final`` of the adapter, ``other`` (a task head).
+        neurons: Which output neurons a method of two stages chose, and by what; see below. None
+            for other methods.
 
     A decision holds ``step`` and, as far as it is known:
 
@@ -77,6 +77,18 @@ class RunRecord:
       the loss by), means in nats, and ``gap``, the completeness gap: their distance relative to the
       loss change, 0 or more.
 
+    ``neurons`` holds
+
+    - ``step`` (after which the rows were split), ``looks`` (at gradients, before it), ``interval``
+      (steps between looks) and ``rule`` (how dominant neurons were chosen).
+    - ``targets``: per target ``d_out``, ``rank`` (r, of dominant rows), ``supplementary_rank`` (r',
+      of the others), ``dominant_rows``, ``dominant`` (hexadecimal: bit i stands for row i),
+      ``looks`` (of this target) and ``hits`` (how many neurons were important in k looks, for k
+      from 0 to ``looks``).
+    - ``maps``: of a few targets ``rows`` and ``columns`` (``d_out`` and ``d_in``), ``before`` and
+      ``after``: the magnitudes of the approximate gradient in the first and in the last look,
+      averaged into at most 128 x 128 cells, row by row.
+
     Older records lack some or all of these.
     """
 
@@ -95,6 +107,7 @@ class RunRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
     trainable_parameters: Mapping[str, int] = field(default_factory=dict)
+    neurons: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data; NaN and infinity become None (JSON has neither)."""
@@ -140,9 +153,12 @@ class RunRecord:
         if not all(_is_curve(curve) for curve in record.losses.values()):
             raise DataError(f"{where}: field 'losses' must hold lists of [step, loss].")
         for position, entry in enumerate(record.decisions):
-            fault = _fault(entry)
+            fault = decision_fault(entry)
             if fault:
                 raise DataError(f"{where}: field 'decisions', entry {position + 1}: {fault}.")
+        fault = neurons_fault(record.neurons) if record.neurons is not None else ""
+        if fault:
+            raise DataError(f"{where}: field 'neurons': {fault}.")
         return record
 
     @classmethod
@@ -166,47 +182,6 @@ def _is_curve(curve: Any) -> bool:
         and isinstance(point[1], int | float | None)
         for point in curve
     )
-
-
-def _fault(entry: Any) -> str:
-    """Say what is wrong with a decision, or ""; what a later version adds to it is let through."""
-    if not isinstance(entry, dict) or entry.get("step") is None:
-        return f"it must be an object with a step, and is {_shown(entry)}"
-    for key in _DECISION_COUNTS:
-        if not _is_count(entry.get(key)):
-            return f"'{key}' must be a whole number of at least 0, and is {_shown(entry[key])}"
-    for key in _DECISION_NUMBERS:
-        value = entry.get(key)
-        if not _is_number(value) or (key in _NEVER_NEGATIVE and value is not None and value < 0):
-            least = " of at least 0" if key in _NEVER_NEGATIVE else ""
-            return f"'{key}' must be a finite number{least}, and is {_shown(value)}"
-    return next((bad for key in _DECISION_MAPS if (bad := _column_fault(key, entry))), "")
-
-
-def _column_fault(key: str, entry: dict[str, Any]) -> str:
-    column = entry.get(key, {})
-    if not isinstance(column, dict):
-        return f"'{key}' must be an object of numbers by target, and is {_shown(column)}"
-    for name, value in column.items():
-        if not _is_number(value):
-            return f"'{key}' of {_shown(name)} must be a finite number, and is {_shown(value)}"
-    return ""
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _is_count(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
-
-
-def _is_number(value: Any) -> bool:
-    """Check for a finite number; None stands for one that JSON could not hold."""
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-        return True
-    return isinstance(value, float) and math.isfinite(value)
 
 
 def finite(value: Any) -> Any:

@@ -1,0 +1,1 @@
+"""How a run looks at gradients for its course, and turns a decision into edits."""
