@@ -63,10 +63,16 @@ def run(made: Any, case: str = "llama", **more: Any) -> tuple[Any, gr.Controller
 def weights(model: Any) -> dict[str, Tensor]:
     """What is learned, by target and factor, of the components in use."""
     return {
-        f"{name}/{factor}": tensor.detach().narrow(1 if factor == "B" else 0, 0, site.rank).clone()
+        f"{name}/{factor}": _used(site, factor, tensor.detach()).clone()
         for name, site in lora_sites(model, "default").items()
         for factor, tensor in site.learned().items()
     }
+
+
+def _used(site: Any, factor: str, tensor: Tensor) -> Tensor:
+    if factor in {"B_d", "B_s"}:
+        return tensor
+    return tensor.narrow(1 if factor == "B" else 0, 0, site.rank)
 
 
 def cost(controller: Any) -> dict[str, int]:

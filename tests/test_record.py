@@ -34,6 +34,37 @@ A_PRUNING: dict[str, Any] = {
 }
 
 
+NEURONS: dict[str, Any] = {
+    "step": 20,
+    "looks": 2,
+    "interval": 10,
+    "rule": "majority",
+    "targets": {
+        "a": {
+            "d_out": 5,
+            "rank": 8,
+            "supplementary_rank": 1,
+            "dominant_rows": 2,
+            "dominant": "11",
+            "looks": 2,
+            "hits": [1, 2, 2],
+        }
+    },
+    "maps": {"a": {"rows": 5, "columns": 3, "before": [[0.0, 1e-9]], "after": [[2, 0.5]]}},
+}
+
+
+def of_target(**change: Any) -> dict[str, Any]:
+    """Return neurons whose only target is changed; a key with ... is left out."""
+    entry = {**NEURONS["targets"]["a"], **change}
+    kept = {key: value for key, value in entry.items() if value is not ...}
+    return {"neurons": {**NEURONS, "targets": {"a": kept}}}
+
+
+def of_map(**change: Any) -> dict[str, Any]:
+    return {"neurons": {**NEURONS, "maps": {"a": {**NEURONS["maps"]["a"], **change}}}}
+
+
 def a_record(**fields: Any) -> gr.RunRecord:
     return gr.RunRecord(
         **{
@@ -135,6 +166,52 @@ def test_defaults_make_a_whole_record() -> None:
         ({"decisions": [{"step": 1, "passes": -1}]}, "'passes' must be a finite.*at least 0"),
         ({"decisions": [{"step": 1, "attributed": math.inf}]}, "'attributed' must be a finite"),
         ({"decisions": [{"step": 1, "loss_change": "x" * 900}]}, "'loss_change'.*\\.\\.\\.\\.$"),
+        ({"neurons": [1]}, "'neurons' must be an object or null"),
+        ({"neurons": {"step": -1}}, "'neurons': 'step' must be a whole number"),
+        ({"neurons": {"looks": 1.5}}, "'looks' must be a whole number of at least 0, and is 1.5"),
+        ({"neurons": {"interval": True}}, "'interval'"),
+        ({"neurons": {"rule": 3}}, "'rule' must be text, and is 3"),
+        ({"neurons": {"targets": [1]}}, "'targets' must be an object by target"),
+        ({"neurons": {"targets": {"a": 3}}}, "'targets' of 'a': it must be an object, and is 3"),
+        ({"neurons": {"maps": "x"}}, "'maps' must be an object by target"),
+        (of_target(d_out=0), "'d_out' must be a whole number of at least 1"),
+        (of_target(d_out=...), "'d_out' .*, and is None"),
+        (of_target(d_out=True), "'d_out'"),
+        (of_target(d_out=1 << 30, dominant_rows=...), "the most"),
+        (of_target(dominant="zz"), "'dominant' must be a hexadecimal number of at most 2 digits"),
+        (of_target(dominant="0x1"), "'dominant' must be a hexadecimal"),
+        (of_target(dominant="-1"), "'dominant' must be a hexadecimal"),
+        (of_target(dominant="1_1"), "'dominant' must be a hexadecimal"),
+        (of_target(dominant=""), "'dominant' must be a hexadecimal"),
+        (of_target(dominant=17), "'dominant' must be a hexadecimal.*, and is 17"),
+        (of_target(dominant="f" * 10**6), "'dominant' must be.*\\.\\.\\.\\.$"),
+        (of_target(dominant="21"), "'targets' of 'a': .*5 rows names row 5 as dominant"),
+        (of_target(rank=0), "'targets' of 'a': .*rank 0"),
+        (of_target(supplementary_rank=-1), "supplementary_rank -1"),
+        (of_target(rank=...), "lacks 'rank'"),
+        (of_target(dominant_rows=3), "'dominant_rows' is 3, but 'dominant' holds 2 rows"),
+        (of_target(looks=-1), "'looks' must be"),
+        (of_target(hits={"0": 5}), "'hits' must be a list of whole numbers"),
+        (of_target(hits=[1, 2.0, 2]), "'hits' must be a list"),
+        (of_target(hits=[1, -1, 5]), "'hits' must be a list"),
+        (of_target(hits=[None, 3, 2]), "'hits' must be a list"),
+        (of_target(hits=[3, 2]), "'hits' must have one entry more than looks \\(2\\), and has 2"),
+        (of_target(looks=None), "'hits' must have one entry more than looks"),
+        (of_target(hits=[1, 2, 3]), "'hits' must sum to d_out = 5, and sums to 6"),
+        (of_map(rows=0), "'maps' of 'a': 'rows' must be a whole number of at least 1"),
+        (of_map(columns=None), "'columns' must be a whole number of at least 1"),
+        (of_map(before=3), "'before' must be a list of rows"),
+        (of_map(before=[3]), "'before' must be a list of rows"),
+        (of_map(after=[]), "'after' must be at most 5 rows of 3 cells"),
+        (of_map(after=[[]]), "'after' must be at most"),
+        (of_map(after=[[1.0], [1.0, 2.0]]), "'after' must be.*2 rows of 1 to 2"),
+        (of_map(after=[[1.0]] * 6), "'after' must be at most 5 rows"),
+        (of_map(rows=999, after=[[1.0]] * 129), "'after' must be at most 128 rows"),
+        (of_map(columns=999, after=[[1.0] * 129]), "at most 5 rows of 128 cells"),
+        (of_map(before=[[-1.0]]), "'before' must hold finite numbers of at least 0.*-1.0"),
+        (of_map(before=[[math.inf]]), "'before' must hold finite"),
+        (of_map(before=[["1"]]), "'before' must hold finite"),
+        (of_map(before=[[True]]), "'before' must hold finite"),
     ],
 )
 def test_a_malformed_record_names_its_fault(change: dict[str, Any], says: str) -> None:
@@ -148,6 +225,31 @@ def test_decisions_survive_their_file(tmp_path: Path) -> None:
     record = a_record(decisions=[A_DECISION, A_PRUNING, {"step": 100}], ranks_over_time=ranks)
     record.save(tmp_path / "r.json")
     assert gr.RunRecord.load(tmp_path / "r.json") == record
+
+
+def test_neurons_survive_their_file(tmp_path: Path) -> None:
+    record = a_record(neurons=NEURONS)
+    record.save(tmp_path / "r.json")
+    assert gr.RunRecord.load(tmp_path / "r.json") == record
+    assert gr.RunRecord.load(tmp_path / "r.json").neurons == NEURONS
+
+
+def test_neurons_may_hold_what_json_lacks_and_what_a_later_version_adds(tmp_path: Path) -> None:
+    odd = of_map(before=[[math.nan, 1.0]], after=None)["neurons"] | {"added_later": [1]}
+    a_record(neurons=odd).save(tmp_path / "r.json")
+    read = gr.RunRecord.load(tmp_path / "r.json").neurons
+    assert read is not None
+    assert read["maps"]["a"]["before"] == [[None, 1.0]]
+    assert read["added_later"] == [1]
+    for empty in ({}, {"targets": {}, "maps": {}}, {"targets": {}}, None):
+        data = {**a_record().to_dict(), "neurons": empty}
+        assert gr.RunRecord.from_dict(data).neurons == empty
+
+
+def test_a_record_from_before_there_were_neurons_still_loads() -> None:
+    data = a_record().to_dict()
+    assert data.pop("neurons") is None
+    assert gr.RunRecord.from_dict(data) == a_record()
 
 
 def test_a_record_from_before_there_were_decisions_still_loads() -> None:

@@ -16,7 +16,13 @@ from gradrank.adapters.view import LoraSite, adapter_name, lora_sites, lora_targ
 from gradrank.core.budget import Budget
 from gradrank.core.errors import BudgetError, DataError, OptionError, SurgeryError
 from gradrank.core.targets import Target
-from gradrank.methods.course import Course, Decision, DirectionCourse, DynamicMethod
+from gradrank.methods.course import (
+    Course,
+    Decision,
+    DirectionCourse,
+    DynamicMethod,
+    NeuronCourse,
+)
 from gradrank.ops.sketch import seed_of
 from gradrank.ready import check_ready, check_surplus
 from gradrank.record import finite
@@ -81,7 +87,9 @@ class CapacityRun:
         self.course: Course = method.course(targets, self.budget, total_steps)
         self.course.schedule.check(f"method '{method.name}'")
         self._targets = targets
-        check_ready(model, optimizer, self._adapter, self.course, method.name, self.budget)
+        check_ready(
+            model, optimizer, self._adapter, self.course, method.name, self.budget, resuming
+        )
         self.start_parameters = self.parameters
         if not resuming:
             one = sum(target.cost for target in targets)
@@ -133,9 +141,10 @@ class CapacityRun:
         used = self.parameters
         if used <= self.budget:
             return ""
+        what = "split" if isinstance(self.course, NeuronCourse) else "last pruning"
         return (
             f"the adapter has {used:,} parameters, more than the budget of {self.budget:,}: it is "
-            f"that of a step before the last pruning, which falls due after step "
+            f"that of a step before the {what}, which falls due after step "
             f"{self.course.schedule.decisions[-1]}. Train to the end, or take the last checkpoint."
         )
 

@@ -12,18 +12,19 @@ from typing import Any, Self
 from torch import nn
 
 from gradrank.adapters import sidecar
-from gradrank.adapters.optimizers import inner_optimizer
 from gradrank.adapters.neurons import reserve_neurons
+from gradrank.adapters.optimizers import inner_optimizer
 from gradrank.adapters.reserve import reserve_ranks, settle, start_svd
 from gradrank.adapters.stores import is_zero
 from gradrank.adapters.surgery import EditReport
-from gradrank.adapters.view import adapter_name, lora_targets
+from gradrank.adapters.view import adapter_name, lora_sites, lora_targets
 from gradrank.capacity import CapacityRun, resolve
 from gradrank.core.budget import Budget
 from gradrank.core.errors import OptionError, SurgeryError
 from gradrank.methods.course import Course, DirectionCourse, DynamicMethod, NeuronCourse
 from gradrank.methods.method import Method
 from gradrank.methods.registry import create
+from gradrank.ready import first_rank
 from gradrank.signals.distributed import is_distributed
 from gradrank.signals.replay import LossFunction
 
@@ -227,9 +228,10 @@ def _missing(run: CapacityRun, counts: _Counts) -> str:
         return (
             "the controller was never stepped. Call controller.step() after every optimizer.step()."
         )
+    lower = "initial_steps" if isinstance(run.course, NeuronCourse) else "interval or warmup"
     return (
         f"the controller never acted: the run ended after step {run.step}, and the first "
-        f"decision falls due after step {due}. Lower interval or warmup, or train longer."
+        f"decision falls due after step {due}. Lower {lower}, or train longer."
     )
 
 
@@ -278,7 +280,9 @@ def reserve(
     if isinstance(course, DirectionCourse):
         start_svd(model, course.ceilings, adapter, seed, keeps, course.init)
     elif isinstance(course, NeuronCourse):
-        reserve_neurons(model, course.ceilings, course.supplementary, adapter, keeps, seed)
+        sites = lora_sites(model, adapter_name(model, adapter))
+        ranks = {n: first_rank(sites[n], rank) for n, rank in course.ceilings.items()}
+        reserve_neurons(model, ranks, course.supplementary, adapter, keeps, seed)
     else:
         reserve_ranks(model, course.ceilings, adapter)
 

@@ -15,7 +15,13 @@ from gradrank.signals.layers import is_compiled
 
 
 def check_ready(
-    model: nn.Module, optimizer: Any, adapter: str, course: Course, method: str, budget: int
+    model: nn.Module,
+    optimizer: Any,
+    adapter: str,
+    course: Course,
+    method: str,
+    budget: int,
+    resuming: bool = False,
 ) -> None:
     """Refuse, before training starts, what could not be done while it runs.
 
@@ -26,6 +32,7 @@ def check_ready(
         course: The method's course.
         method: Name of the method, for messages.
         budget: Budget in parameters, for messages.
+        resuming: Whether the adapter has the shape of a checkpoint already.
 
     Raises:
         SurgeryError: If layers cannot be edited, or not in this setting; with what to do.
@@ -56,7 +63,7 @@ def check_ready(
         )
     _check_form(sites, fixed, isinstance(course, DirectionCourse), method)
     if isinstance(course, NeuronCourse):
-        _check_neurons(sites, fixed, course, method)
+        _check_neurons(sites, fixed, course, method, resuming)
     edits: dict[str, Edit] = {
         n: Select(tuple(range(s.rank))) for n, s in sites.items() if s.partition is None
     }
@@ -90,6 +97,20 @@ def check_surplus(course: Course, method: str, used: int, budget: int, one: int)
         )
 
 
+def first_rank(site: LoraSite, ceiling: int) -> int:
+    """Return the rank of a layer in the first of two stages.
+
+    Args:
+        site: The layer.
+        ceiling: Rank of the first stage, cut off at ``min(d_in, d_out)``.
+
+    Returns:
+        The ceiling; a layer that has more than ``min(d_in, d_out)`` keeps its rank.
+    """
+    most = min(site.linear("A").in_features, site.linear("B").out_features)
+    return max(ceiling, site.rank) if ceiling == most else ceiling
+
+
 def _check_form(
     sites: Mapping[str, LoraSite], fixed: str | None, prunes: bool, method: str
 ) -> None:
@@ -116,22 +137,33 @@ def _check_form(
 
 
 def _check_neurons(
-    sites: Mapping[str, LoraSite], fixed: str | None, course: NeuronCourse, method: str
+    sites: Mapping[str, LoraSite],
+    fixed: str | None,
+    course: NeuronCourse,
+    method: str,
+    resuming: bool,
 ) -> None:
     """Refuse layers that do not have the rank of the first stage, and are not in the second."""
     wrong = {
         name: site.rank
         for name, site in sites.items()
-        if site.partition is None and site.rank != course.ceilings[name]
+        if site.partition is None and site.rank != first_rank(site, course.ceilings[name])
     }
     # After the split a target of which all or no rows are dominant is a plain layer.
-    if wrong and all(site.partition is None for site in sites.values()):
+    split = resuming or any(site.partition is not None for site in sites.values())
+    if wrong and not split:
         name, rank = next(iter(wrong.items()))
         raise SurgeryError(
             f"method '{method}' starts with uniform LoRA of rank {course.ceilings[name]}, and "
             f"{len(wrong)} of {len(sites)} layers have another one ('{name}': {rank}). Call "
             f"gradrank.reserve(model, '{method}', budget) before the optimizer is made (with a "
             "Trainer, pass CapacityCallback to its constructor), or give the option rank."
+        )
+    dead = [n for n, s in sites.items() if "B" in s.factors and not s.raw("B").requires_grad]
+    if dead and course.start == "restart":
+        raise SurgeryError(
+            f"method '{method}' restarts with B = 0, and B of {len(dead)} layers ('{dead[0]}', "
+            "...) is frozen: they would never change anything again. Train B, or use start=warm."
         )
     if fixed in {"FSDP", "DeepSpeed"}:
         raise SurgeryError(

@@ -149,7 +149,7 @@ def test_other_forms_and_parametrizations() -> None:
     with pytest.raises(SurgeryError) as caught:
         gr.edit(model, {name: gr.Grow(5) for name in names[1:3]})
     text = str(caught.value)
-    assert f"'{names[1]}' has form 'partition'" in text
+    assert f"'{names[1]}' has a neuron partition already" in text
     assert f"'{names[2]}' has a parametrization that gradrank did not make" in text
     gr.edit(model, {names[3]: gr.Grow(5)})
 

@@ -156,8 +156,20 @@ def test_the_budget_is_kept_and_spent(name: str, case: str) -> None:
         assert 0 < plan.parameters <= budget
         known = given if isinstance(given, Measurement) else None
         assessment = method.assess([p.target for p in plan.targets], known)
-        steps = [p.target.cost for p in plan.targets if p.rank < highest(p, assessment)]
+        steps = [cost for p in plan.targets for cost in next_step(p, assessment)]
         assert plan.slack < min(steps, default=plan.slack + 1), f"{name} left {plan.slack}"
+
+
+def next_step(planned_target: gr.PlannedTarget, assessment: gr.Assessment) -> list[int]:
+    """What the next rank costs that would gain something, if there is one.
+
+    Of a partition: the next rank of its dominant rows, which other rows do not pay for.
+    """
+    target, split = planned_target.target, planned_target.partition
+    if split is None:
+        return [target.cost] if planned_target.rank < highest(planned_target, assessment) else []
+    mine = next(s for s in assessment.splits[target.name] if s.bits == split.bits)
+    return [target.d_in + split.dominant_rows] if any(mine.upper[split.rank :]) else []
 
 
 def highest(planned_target: gr.PlannedTarget, assessment: gr.Assessment) -> int:

@@ -1,8 +1,8 @@
-"""One of two gloo processes: methods that prune under DistributedDataParallel.
+"""One of two gloo processes: methods that prune or split under DistributedDataParallel.
 
 Started as ``prune_worker.py FOLDER PART ...`` by torchrun or ``accelerate launch``; writes what it
-found as ``FOLDER/PART-RANK.json`` and ``.safetensors``. Parts: the names of ``METHODS``,
-``refusals`` and ``trainer``.
+found as ``FOLDER/PART-RANK.json`` and ``.safetensors``. Parts: the names of ``METHODS`` and
+``NEURONS``, ``refusals`` and ``trainer``, and the last two with ``:METHOD`` behind them.
 """
 
 import json
@@ -38,6 +38,15 @@ METHODS: dict[str, Any] = {
     "as-code": gr.Igu(estimator="as-code", segments=4, **_SHORT),
     "restart": gr.AdaLora(after="restart", **_SHORT),
 }
+# Looks in steps 2 and 4; the split after step 5.
+_STAGES: dict[str, Any] = {"rank": 2, "interval": 2, "initial_steps": 5}
+NEURONS: dict[str, Any] = {
+    "pilora": gr.PiLora(supplementary_rank=1, **_STAGES),
+    "pilora-warm": gr.PiLora(supplementary_rank=1, start="warm", **_STAGES),
+    # Rows that are not dominant have no adapter, and micro-batches are not synchronised.
+    "pilora-alone": gr.PiLora(supplementary_rank=0, rule="top_fraction", fraction=0.3, **_STAGES),
+}
+ALL = METHODS | NEURONS
 
 
 def build() -> Any:
@@ -66,6 +75,8 @@ def story(run: Any) -> dict[str, Any]:
         "decisions": [{k: v for k, v in d.items() if k != "seconds"} for d in run.decisions],
         "budget": run.budget,
         "start": run.start_parameters,
+        "neurons": run.neurons,
+        "hits": {n: h.tolist() for n, h in getattr(run.course, "hits", {}).items()},
     }
 
 
@@ -77,7 +88,7 @@ def write(folder: Path, part: str, rank: int, facts: Any, weights: dict[str, Any
 
 def loop(folder: Path, part: str, rank: int) -> None:
     """Every process takes its own batches; nobody says that shapes are to stay."""
-    method, model = METHODS[part], build()
+    method, model = ALL[part], build()
     gr.reserve(model, method, BUDGET)
     assert all(site.masked for site in lora_sites(model, "default").values())
     wrapped = DistributedDataParallel(model)
@@ -85,7 +96,10 @@ def loop(folder: Path, part: str, rank: int) -> None:
     shapes = [p.shape for p in model.parameters()]
     with gr.Controller(wrapped, optimizer, method, BUDGET, STEPS) as controller:
         for step in range(1, STEPS + 1):
-            wrapped(**batch(step, rank)).loss.backward()
+            if part == "pilora-alone":
+                halves(wrapped, batch(step, rank))
+            else:
+                wrapped(**batch(step, rank)).loss.backward()
             optimizer.step()
             controller.step()
             optimizer.zero_grad()
@@ -96,10 +110,21 @@ def loop(folder: Path, part: str, rank: int) -> None:
     write(folder, part, rank, story(controller.run), adapter(model))
 
 
-def refusals(folder: Path, rank: int) -> None:
+def halves(wrapped: Any, whole: dict[str, torch.Tensor]) -> None:
+    """Micro-batches of two rows and of one, of which the last alone is synchronised."""
+    first, last = ({key: value[part] for key, value in whole.items()} for part in _PARTS)
+    with wrapped.no_sync():
+        (wrapped(**first).loss * 2 / 3).backward()
+    (wrapped(**last).loss / 3).backward()
+
+
+_PARTS = (slice(0, 2), slice(2, 3))
+
+
+def refusals(folder: Path, rank: int, name: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    method, found = METHODS["adalora"], {}
+    method, found = ALL[name], {}
 
     def refused(what: str, work: Any) -> None:
         try:
@@ -132,10 +157,10 @@ class Sentences(Dataset):
         return {key: value[0] for key, value in made.items()}
 
 
-def make_trainer(out: Path) -> tuple[Any, gr.CapacityCallback]:
+def make_trainer(out: Path, name: str) -> tuple[Any, gr.CapacityCallback]:
     from transformers import Trainer, TrainingArguments
 
-    capacity = gr.CapacityCallback(METHODS["unbiased"], BUDGET)
+    capacity = gr.CapacityCallback(ALL[name], BUDGET)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=STEPS,
@@ -153,28 +178,30 @@ def make_trainer(out: Path) -> tuple[Any, gr.CapacityCallback]:
     return gr.prepare_trainer(trainer), capacity
 
 
-def trainer(folder: Path, rank: int) -> None:
-    made, capacity = make_trainer(folder / "trainer-out")
+def trainer(folder: Path, rank: int, name: str) -> None:
+    made, capacity = make_trainer(folder / "trainer-out", name)
     made.train()
     write(folder, "trainer", rank, story(capacity.run), adapter(made.model))
-    again, capacity = make_trainer(folder / "trainer-out")
-    again.train(resume_from_checkpoint=str(folder / "trainer-out" / "checkpoint-4"))
-    write(folder, "trainer-resumed", rank, story(capacity.run), adapter(again.model))
+    for step in (4, 8):
+        again, capacity = make_trainer(folder / "trainer-out", name)
+        again.train(resume_from_checkpoint=str(folder / "trainer-out" / f"checkpoint-{step}"))
+        write(folder, f"trainer-resumed-{step}", rank, story(capacity.run), adapter(again.model))
 
 
 def main(folder: Path, parts: list[str]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    if "trainer" in parts:
-        trainer(folder, rank)
+    named = dict(part.partition(":")[::2] for part in parts)
+    if "trainer" in named:
+        trainer(folder, rank, named["trainer"] or "unbiased")
     else:
         dist.init_process_group("gloo")
-    for part in parts:
-        if part in METHODS:
+    for part in named:
+        if part in ALL:
             loop(folder, part, rank)
-    if "refusals" in parts:
-        refusals(folder, rank)
+    if "refusals" in named:
+        refusals(folder, rank, named["refusals"] or "adalora")
     dist.destroy_process_group()
 
 

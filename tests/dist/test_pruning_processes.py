@@ -15,7 +15,7 @@ from torch import nn
 
 import gradrank as gr
 from cases import CASES, tiny_llama
-from dist.prune_worker import BUDGET, METHODS, STEPS, WORLD, adamw, adapter, batch, build, story
+from dist.prune_worker import ALL, BUDGET, METHODS, STEPS, WORLD, adamw, adapter, batch, build, story
 
 pytestmark = pytest.mark.dist
 
@@ -70,7 +70,7 @@ def shared(facts: dict[str, Any]) -> dict[str, Any]:
 
 def alone(part: str) -> Found:
     """One process, at real shapes, whose batches hold those of both."""
-    method, model = METHODS[part], build()
+    method, model = ALL[part], build()
     gr.reserve(model, method, BUDGET)
     optimizer = adamw(model)
     with gr.Controller(model, optimizer, method, BUDGET, STEPS) as controller:
@@ -131,11 +131,11 @@ def test_the_points_of_both_processes_are_drawn_from_one_row(folder: Path) -> No
 
 
 def test_the_trainer_resumes_bitwise_in_two_processes(folder: Path) -> None:
-    for (facts, weights), (again, theirs) in zip(
-        found(folder, "trainer"), found(folder, "trainer-resumed"), strict=True
-    ):
-        assert shared(facts) == shared(again)
-        assert_equal(weights, theirs)
+    for step in (4, 8):
+        resumed = found(folder, f"trainer-resumed-{step}")
+        for (facts, weights), (again, theirs) in zip(found(folder, "trainer"), resumed, strict=True):
+            assert shared(facts) == shared(again)
+            assert_equal(weights, theirs)
 
 
 def test_checkpoints_load_in_stock_peft(folder: Path) -> None:

@@ -70,7 +70,7 @@ def assert_measured(found: dict[str, Any], wanted: Measurement) -> None:
     assert wanted.info["processes"] == 1
 
 
-@pytest.mark.parametrize("method", ["gard", "waterfill"])
+@pytest.mark.parametrize("method", ["gard", "waterfill", "hybrid"])
 def test_the_plan_of_two_is_the_plan_of_one(reports: list[dict[str, Any]], method: str) -> None:
     first, second = values(reports, f"plan_{method}")
     for plan in (first, second):
@@ -79,6 +79,7 @@ def test_the_plan_of_two_is_the_plan_of_one(reports: list[dict[str, Any]], metho
     one = gr.plan(CASE.model(), DATA, method, "uniform:3", num_batches=8)
     found = gr.Plan.from_dict(first)
     assert found.ranks == one.ranks
+    assert found.partitions == one.partitions
     assert found.scores == pytest.approx(one.scores, rel=1e-4)
     assert found.provenance["batches"] == 8
 
@@ -88,6 +89,19 @@ def test_the_statistics_of_two_are_those_of_one(reports: list[dict[str, Any]]) -
     for found in values(reports, "even"):
         assert_measured(found, one)
         assert found["counts"]["whole"] == 8
+
+
+def test_the_row_factors_of_two_are_those_of_one(reports: list[dict[str, Any]]) -> None:
+    one = gr.measure(CASE.model(), DATA, gr.MeanGradient(8, rows=True), num_batches=8)
+    kept = one.need_mean_gradient().rows["whole"]
+    first, second = values(reports, "rows")
+    assert first == second
+    # Which batches count as even depends on how they were dealt out; the whole does not.
+    assert set(first) == {"whole", "even", "odd"}
+    assert set(first["whole"]) == set(kept)
+    for name, factors in kept.items():
+        wanted, gram = factors @ factors.T, torch.tensor(first["whole"][name])
+        torch.testing.assert_close(gram, wanted, rtol=1e-3, atol=float(wanted.max()) / 1e3)
 
 
 def test_uneven_numbers_of_batches(reports: list[dict[str, Any]]) -> None:

@@ -53,6 +53,21 @@ def plan_waterfill(rank: int) -> Any:
     return gr.plan(CASE.model(), data, "waterfill", "uniform:3", num_batches=4).to_dict()
 
 
+def plan_hybrid(rank: int) -> Any:
+    data = mine(rank, DATA)
+    return gr.plan(CASE.model(), data, "hybrid", "uniform:3", num_batches=4).to_dict()
+
+
+def rows(rank: int) -> Any:
+    signal = gr.MeanGradient(8, rows=True)
+    found = gr.measure(CASE.model(), mine(rank, DATA), signal, num_batches=4)
+    kept = found.need_mean_gradient().rows
+    return {
+        part: {name: (factors @ factors.T).tolist() for name, factors in named.items()}
+        for part, named in kept.items()
+    }
+
+
 def even(rank: int) -> Any:
     return numbers(gr.measure(CASE.model(), mine(rank, DATA), BOTH, num_batches=4))
 
@@ -112,6 +127,8 @@ def after_errors(rank: int) -> Any:
 CHECKS: tuple[Callable[[int], Any], ...] = (
     plan_gard,
     plan_waterfill,
+    plan_hybrid,
+    rows,
     even,
     uneven,
     wrapped,

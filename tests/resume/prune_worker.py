@@ -1,6 +1,6 @@
-"""Train methods that prune in forked children that are killed (SIGKILL), and resume them.
+"""Train methods that prune or split in forked children that are killed (SIGKILL), and resume them.
 
-See kill_worker.py, whose ways to die are used here. Usage: prune_worker.py FOLDER.
+See kill_worker.py, whose ways to die are used here. Usage: prune_worker.py FOLDER [METHOD ...].
 """
 
 import json
@@ -31,6 +31,14 @@ METHODS: dict[str, Any] = {
     "igu-direction": gr.IguDirection(score_every=1, segments=2, tolerance=1e6, **SHORT),
     "adalora": gr.AdaLora(**SHORT),
 }
+# Looks in steps 2 and 4; the split after step 5.
+STAGES: dict[str, Any] = {"rank": 2, "interval": 2, "initial_steps": 5}
+NEURONS: dict[str, Any] = {
+    "pilora": gr.PiLora(supplementary_rank=1, **STAGES),
+    "pilora-warm": gr.PiLora(supplementary_rank=1, start="warm", **STAGES),
+    # No dominant row: plain LoRA of rank r' in the second stage.
+    "pilora-none": gr.PiLora(rule="top_fraction", fraction=0.0, **STAGES),
+}
 # Steps: before the first pruning, at one (4 is in mid-aggregate of igu), after the last.
 POINTS = {
     "igu": (("step", 2), ("sidecar-half", 3), ("step", 4), ("step", 8)),
@@ -38,12 +46,17 @@ POINTS = {
     "igu-direction": (("step", 4),),
     "adalora": (("step", 5),),
 }
+NEURON_POINTS = {
+    "pilora": (("step", 3), ("sidecar-half", 5), ("step", 6), ("step", 8)),
+    "pilora-warm": (("step", 6),),
+    "pilora-none": (("step", 7),),
+}
 
 
 def make(out: Path, name: str) -> tuple[Any, gr.CapacityCallback]:
     torch.manual_seed(1)
     config = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules="all-linear")
-    capacity = gr.CapacityCallback(METHODS[name], "uniform:2")
+    capacity = gr.CapacityCallback((METHODS | NEURONS)[name], "uniform:2")
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=STEPS,
@@ -80,15 +93,17 @@ def train(out: Path, name: str, point: str | None, step: int, result: Path | Non
         "start_parameters": capacity.start_parameters,
         "step": facts["step"],
         "budget": facts["budget"],
+        "neurons": capacity.neurons,
     }
     files.write_json(result.with_suffix(".json"), story)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     ends: dict[str, list[int]] = {}
-    for name, points in POINTS.items():
+    for name in names or POINTS:
+        points = (POINTS | NEURON_POINTS)[name]
         whole = f"{name}-whole"
         end = forked(lambda n=name, w=whole: train(folder / w, n, None, 0, folder / w))
         ends[whole] = [end]
@@ -102,4 +117,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

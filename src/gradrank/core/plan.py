@@ -142,18 +142,24 @@ class Plan:
         return max(1, round(self.budget_parameters / whole)) if whole else 1
 
     def diff(self, other: "Plan") -> dict[str, tuple[int, int]]:
-        """Return the targets whose rank differs (``partitions`` tells which rows have it).
+        """Return the targets whose rank, or whose neuron partition, differs.
 
         Args:
             other: Plan to compare with; a target that one plan lacks counts as rank 0 there.
 
         Returns:
-            ``{name: (rank here, rank in other)}``, in the order of this plan.
+            ``{name: (rank here, rank in other)}``, in the order of this plan; the two are equal
+            where only the partition differs.
         """
         mine, theirs = self.ranks, other.ranks
+        split, other_split = self.partitions, other.partitions
         names = [*mine, *(name for name in theirs if name not in mine)]
         pairs = {name: (mine.get(name, 0), theirs.get(name, 0)) for name in names}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        return {
+            name: pair
+            for name, pair in pairs.items()
+            if pair[0] != pair[1] or split.get(name) != other_split.get(name)
+        }
 
     def lora_config(self, lora_alpha: float = 16, **options: Any) -> Any:
         """Return a stock ``peft.LoraConfig`` that builds exactly this plan.

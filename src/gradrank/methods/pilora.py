@@ -93,7 +93,7 @@ class PiLora:
     def ranks(
         self, targets: Sequence[Target], assessment: Assessment, budget: int
     ) -> dict[str, int]:
-        """Return the ranks of a plan, which keeps the budget: uniform, and at most r if r is given.
+        """Return the ranks of a plan, which keeps the budget: uniform, and at most r.
 
         :func:`gradrank.reserve` and :class:`gradrank.CapacityCallback` bring the adapter to r.
 
@@ -106,9 +106,8 @@ class PiLora:
             Rank per target.
         """
         check_floor(targets, self.supplementary_ranks(targets), budget)
-        if self.rank is None:
-            return uniform(targets, budget)
-        whole = {target.name: min(self.rank, target.max_rank) for target in targets}
+        first = self.first_rank(targets, budget)
+        whole = {target.name: min(first, target.max_rank) for target in targets}
         if sum(whole[target.name] * target.cost for target in targets) <= budget:
             return whole
         return {name: min(rank, whole[name]) for name, rank in uniform(targets, budget).items()}

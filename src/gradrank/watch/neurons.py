@@ -155,7 +155,12 @@ class NeuronWatch:
 
     def state(self) -> dict[str, Tensor]:
         """Return the heat maps, and how many looks were left out."""
-        maps = {f"maps/{at}/{n}": t for at, found in self._maps.items() for n, t in found.items()}
+        # After one look both maps are one tensor, which no safetensors file may hold twice.
+        maps = {
+            f"maps/{at}/{name}": cells.clone()
+            for at, found in self._maps.items()
+            for name, cells in found.items()
+        }
         return {"neurons/left_out": torch.tensor([self.left_out]), **maps}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
