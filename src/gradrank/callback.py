@@ -182,11 +182,13 @@ class CapacityCallback(TrainerCallback):
         run.close()
         model = unwrapped(kwargs["model"])
         sites = lora_sites(model, adapter_name(model, self.adapter)).values()
+        # Before plain factors hide that the zeros around the blocks of a partition are not in use.
+        excess = run.excess()
         if any(site.form != "plain" for site in sites) and wrapping(model) != "FSDP":
             settle(model, self.adapter)
         if run.decisions:
-            if run.excess():
-                warnings.warn(run.excess(), UserWarning, stacklevel=2)
+            if excess:
+                warnings.warn(excess, UserWarning, stacklevel=2)
             return
         due = run.course.schedule.decisions[0]
         problem = (

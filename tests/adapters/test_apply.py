@@ -124,7 +124,7 @@ def test_other_ranks_than_planned_are_noticed(monkeypatch: pytest.MonkeyPatch) -
     model = tiny_llama()
     plan = hand_plan(model, lambda _: 2)
     other = LoraConfig(r=1, target_modules=["q_proj"])
-    monkeypatch.setattr(applying, "lora_config", lambda *_, **__: other)
+    monkeypatch.setattr(applying, "stock_config", lambda *_, **__: other)
     before = shape_of(model)
     with pytest.raises(gr.PlanError, match="other ranks than the plan"):
         gr.apply(plan, model)

@@ -87,15 +87,13 @@ def test_the_trainer_resumes_bitwise_in_either_stage(folder: Path, step: int) ->
         assert_equal(weights, theirs)
 
 
-@pytest.mark.parametrize(("step", "rank"), [(4, {2}), (8, {2, 3})])
-def test_checkpoints_of_both_stages_load_in_stock_peft(
-    folder: Path, step: int, rank: set[int]
-) -> None:
+@pytest.mark.parametrize("step", [4, 8])
+def test_checkpoints_of_both_stages_load_in_stock_peft(folder: Path, step: int) -> None:
     saved = folder / "trainer-out" / f"checkpoint-{step}"
     loaded = PeftModel.from_pretrained(tiny_llama(), str(saved))
-    ranks = {t.shape[0] for name, t in adapter(loaded).items() if ".lora_A." in name}
-    assert ranks <= rank
-    assert max(ranks) == max(rank)
+    found_ranks = {t.shape[0] for name, t in adapter(loaded).items() if ".lora_A." in name}
+    # A target without a dominant row has r' alone.
+    assert found_ranks == ({2} if step < SPLIT else {1, 3})
 
 
 def test_what_cannot_work_is_refused_by_name_in_both_processes(folder: Path) -> None:

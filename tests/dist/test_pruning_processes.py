@@ -15,7 +15,18 @@ from torch import nn
 
 import gradrank as gr
 from cases import CASES, tiny_llama
-from dist.prune_worker import ALL, BUDGET, METHODS, STEPS, WORLD, adamw, adapter, batch, build, story
+from dist.prune_worker import (
+    ALL,
+    BUDGET,
+    METHODS,
+    STEPS,
+    WORLD,
+    adamw,
+    adapter,
+    batch,
+    build,
+    story,
+)
 
 pytestmark = pytest.mark.dist
 
@@ -133,7 +144,9 @@ def test_the_points_of_both_processes_are_drawn_from_one_row(folder: Path) -> No
 def test_the_trainer_resumes_bitwise_in_two_processes(folder: Path) -> None:
     for step in (4, 8):
         resumed = found(folder, f"trainer-resumed-{step}")
-        for (facts, weights), (again, theirs) in zip(found(folder, "trainer"), resumed, strict=True):
+        for (facts, weights), (again, theirs) in zip(
+            found(folder, "trainer"), resumed, strict=True
+        ):
             assert shared(facts) == shared(again)
             assert_equal(weights, theirs)
 

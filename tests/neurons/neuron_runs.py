@@ -29,7 +29,7 @@ def pilora(**options: Any) -> gr.PiLora:
 
 def reserved(method: Any, case: str = "llama", trained: bool = False, **lora: Any) -> Any:
     """A tiny model in the shape of the first stage; ``trained``: with a B that is not zero."""
-    model = adapted(case, RANK, **lora)
+    model = adapted(case, method.rank, **lora)
     gr.reserve(model, method, BUDGET)
     return randomise_adapter(model) if trained else model
 

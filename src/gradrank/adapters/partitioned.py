@@ -18,20 +18,17 @@ class Expand(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(dominant: Tensor, supplementary: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, dominant: Tensor, supplementary: Tensor, upper: Tensor, lower: Tensor
+    ) -> Tensor:
         """Return B ``[d_out, r + r']`` from ``[|M|, r]`` and ``[d_out - |M|, r']``."""
-        rank, rest = dominant.shape[1], supplementary.shape[1]
+        # Not split into forward and setup_context, which takes twice as long to call.
+        rank, rest = ctx.ranks = dominant.shape[1], supplementary.shape[1]
+        ctx.save_for_backward(upper, lower)
         whole = dominant.new_zeros(upper.shape[0] + lower.shape[0], rank + rest)
         whole.narrow(1, 0, rank).index_copy_(0, upper, dominant)
         whole.narrow(1, rank, rest).index_copy_(0, lower, supplementary)
         return whole
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
-        """Remember where the rows are."""
-        dominant, supplementary, upper, lower = inputs
-        ctx.ranks = dominant.shape[1], supplementary.shape[1]
-        ctx.save_for_backward(upper, lower)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
