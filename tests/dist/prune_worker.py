@@ -192,7 +192,7 @@ def main(folder: Path, parts: list[str]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    named = dict(part.partition(":")[::2] for part in parts)
+    named = {part.partition(":")[0]: part.partition(":")[2] for part in parts}
     if "trainer" in named:
         trainer(folder, rank, named["trainer"] or "unbiased")
     else:

@@ -33,7 +33,7 @@ class Fast:
     """The library's run of both stages."""
 
     def __init__(self, model: Any, total: int = STEPS, **options: Any) -> None:
-        settings = {
+        settings: dict[str, Any] = {
             "rank": RANK,
             "supplementary_rank": SUPPLEMENTARY,
             "interval": INTERVAL,

@@ -29,7 +29,7 @@ def trainer(
 ) -> Any:
     budget = options.pop("budget", BUDGET)
     callback = gr.CapacityCallback(method, budget)
-    settings = SETTINGS | {"max_steps": STEPS} | options
+    settings: dict[str, Any] = SETTINGS | {"max_steps": STEPS} | options
     made: Any = Trainer(
         model=adapted(rank=2, lora_dropout=0.1) if model is None else model,
         args=TrainingArguments(output_dir=str(folder), **settings),
@@ -60,7 +60,7 @@ class Notes(TrainerCallback):
 
 def test_both_stages_run_and_leave_stock_peft(tmp_path: Path) -> None:
     notes = Notes()
-    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
+    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
     made = trainer(tmp_path, pilora(), [notes], **options)
     made.train()
     run = made.capacity.run
@@ -75,7 +75,11 @@ def test_both_stages_run_and_leave_stock_peft(tmp_path: Path) -> None:
 
 def test_the_trainer_splits_as_a_plain_loop(tmp_path: Path) -> None:
     """With accumulation and clipping, which a look does not see."""
-    options = {"weight_decay": 0.0, "max_grad_norm": 0.05, "lr_scheduler_type": "constant"}
+    options: dict[str, Any] = {
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.05,
+        "lr_scheduler_type": "constant",
+    }
     model = adapted(rank=RANK)
     made = trainer(tmp_path, pilora(), (), model, gradient_accumulation_steps=2, **options)
     seen: list[Any] = []
@@ -120,7 +124,12 @@ def test_training_again_is_refused_where_the_ranks_have_grown(tmp_path: Path) ->
 
 
 def best_of(step: int, folder: Path, method: Any, extra: Any = (), **more: Any) -> Any:
-    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, **SAVING}
+    options: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        **SAVING,
+    }
     notes = Notes()
     options |= {"metric_for_best_model": "pick", **more}
     made = trainer(folder, method, [notes, *extra], **options)
@@ -203,7 +212,7 @@ def test_stopping_in_the_first_stage_warns(tmp_path: Path) -> None:
 def test_resuming_in_either_stage_is_bitwise(
     options: dict[str, Any], steps: tuple[int, ...], tmp_path: Path
 ) -> None:
-    more = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, **SAVING}
+    more: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, **SAVING}
     whole = trainer(tmp_path, pilora(**options), **more)
     whole.train()
     story, weights = timeless(whole.capacity), adapter_weights(whole.model)

@@ -36,8 +36,6 @@ STAGES: dict[str, Any] = {"rank": 2, "interval": 2, "initial_steps": 5}
 NEURONS: dict[str, Any] = {
     "pilora": gr.PiLora(supplementary_rank=1, **STAGES),
     "pilora-warm": gr.PiLora(supplementary_rank=1, start="warm", **STAGES),
-    # No dominant row: plain LoRA of rank r' in the second stage.
-    "pilora-none": gr.PiLora(rule="top_fraction", fraction=0.0, **STAGES),
 }
 # Steps: before the first pruning, at one (4 is in mid-aggregate of igu), after the last.
 POINTS = {
@@ -47,9 +45,8 @@ POINTS = {
     "adalora": (("step", 5),),
 }
 NEURON_POINTS = {
-    "pilora": (("step", 3), ("sidecar-half", 5), ("step", 6), ("step", 8)),
+    "pilora": (("step", 3), ("sidecar-half", 5), ("step", 6)),
     "pilora-warm": (("step", 6),),
-    "pilora-none": (("step", 7),),
 }
 
 

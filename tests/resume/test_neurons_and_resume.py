@@ -39,15 +39,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.mark.parametrize("name", NEURON_POINTS)
 def test_the_uninterrupted_run_splits(runs: Runs, name: str) -> None:
     folder, ends = runs
-    assert ends[f"{name}-whole"] == [0], (folder / f"{name}-whole").exists()
+    assert ends[f"{name}-whole"] == [0]
     tensors, facts = result(folder, f"{name}-whole")
     (entry,) = facts["decisions"]
     assert entry["step"] == STAGES["initial_steps"]
     assert entry["parameters"] <= facts["budget"] == facts["start_parameters"]
     assert facts["step"] == STEPS
     assert facts["neurons"]["looks"] == 2
-    shares = {found["dominant_rows"] for found in facts["neurons"]["targets"].values()}
-    assert shares == {0} if name == "pilora-none" else len(shares) > 1
+    assert len({found["dominant_rows"] for found in facts["neurons"]["targets"].values()}) > 1
     assert any(key.startswith("state/course/hits/") for key in tensors)
     assert any(key.startswith("state/maps/after/") for key in tensors)
 

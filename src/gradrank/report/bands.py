@@ -60,7 +60,8 @@ def band_panels(
         The canvas, and what was drawn: per panel and row ``share`` (of dominant neurons in each
         cell, rounded to an eighth as the colours are) and ``neurons`` (number of rows).
     """
-    left = 22 + round(7.2 * max(len(safe(label, 30)) for label in labels))
+    longest = max(len(axis) - 1, *(len(safe(label, 30)) for label in labels))
+    left = 22 + round(7.2 * longest)
     width = WIDE if across > 2 else NARROW
     room = (width - left - _RIGHT - _GAP * (across - 1)) // across
     down = -(-len(panels) // across)
