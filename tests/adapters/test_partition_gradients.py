@@ -1,6 +1,4 @@
-"""Gradients of the compact form: against finite differences, and against plain operations."""
-
-from typing import Any
+"""Gradients of the compact form: against finite differences, and against rows one by one."""
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import gradrank as gr
 from adapters.partition_cases import partitions, shake
 from adapters.surgery_cases import sites, trained
 from cases import CASES
-from gradrank.adapters.partitioned import Expand, Partitioned, _expanded
+from gradrank.adapters.partitioned import Partitioned
 
 DOMINANT = torch.tensor([True, False, False, True, True, False, False])
 
@@ -34,28 +32,32 @@ def test_both_derivatives_agree_with_finite_differences(rank: int, rest: int) ->
     assert torch.autograd.gradgradcheck(curved, given)
 
 
+def by_row(upper: Tensor, lower: Tensor) -> Tensor:
+    """Equation 9, row by row: the k-th dominant row is row k of its block."""
+    rest, rank = lower.shape[1], upper.shape[1]
+    rows, count = [], {True: 0, False: 0}
+    for dominant in DOMINANT.tolist():
+        block, before, behind = (upper, 0, rest) if dominant else (lower, rank, 0)
+        row = block[count[dominant]]
+        rows.append(torch.cat([row.new_zeros(before), row, row.new_zeros(behind)]))
+        count[dominant] += 1
+    return torch.stack(rows)
+
+
 @pytest.mark.parametrize(("rank", "rest"), [(3, 1), (1, 3), (3, 0)])
-def test_the_fused_form_is_the_plain_one(rank: int, rest: int) -> None:
+def test_the_form_and_its_gradients_are_those_of_the_rows_one_by_one(rank: int, rest: int) -> None:
     form, given = Partitioned(DOMINANT, rank, rest), blocks(rank, rest)
-    found, wanted = form(*given), _expanded(*given, form.upper, form.lower)
+    found, wanted = form(*given), by_row(*given)
     assert torch.equal(found, wanted)
     weights = torch.randn(found.shape, dtype=torch.float64)
     grads = [torch.autograd.grad((w * weights).sum(), given) for w in (found, wanted)]
     assert all(map(torch.equal, *grads))
 
 
-def test_finite_differences_catch_blocks_that_are_swapped() -> None:
-    class Swapped(Expand):
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-            left, right, *_ = Expand.backward(ctx, *grads)
-            return left.flip(0), right, None, None
-
-    form = Partitioned(DOMINANT, 3, 1)
-    with pytest.raises(RuntimeError, match="Jacobian mismatch"):
-        torch.autograd.gradcheck(
-            lambda *given: Swapped.apply(*given, form.upper, form.lower), blocks(3, 1)
-        )
+def test_the_rows_one_by_one_catch_blocks_that_are_swapped() -> None:
+    form, (upper, lower) = Partitioned(DOMINANT, 2, 2), blocks(2, 2)
+    assert not torch.equal(form(upper.flip(0), lower), by_row(upper, lower))
+    assert not torch.equal(Partitioned(~DOMINANT, 2, 2)(lower, upper), by_row(upper, lower))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "vit"])  # those that compute in float64 throughout

@@ -1,50 +1,11 @@
 """Forms of B whose rows fall into two groups: as compact blocks, or as a mask of a fixed shape."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from gradrank.adapters.parametrizations import Form, Masked, same_shape
 from gradrank.core.errors import OptionError
 from gradrank.core.partition import NeuronPartition
-
-
-class Expand(torch.autograd.Function):
-    """The two blocks of B in their places, with zeros elsewhere.
-
-    One tensor is made in the forward pass, and none of the size of B in the backward pass, which
-    is two gathers. Both passes are linear, so that gradients of any order exist.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, dominant: Tensor, supplementary: Tensor, upper: Tensor, lower: Tensor
-    ) -> Tensor:
-        """Return B ``[d_out, r + r']`` from ``[|M|, r]`` and ``[d_out - |M|, r']``."""
-        # Not split into forward and setup_context, which takes twice as long to call.
-        rank, rest = ctx.ranks = dominant.shape[1], supplementary.shape[1]
-        ctx.save_for_backward(upper, lower)
-        whole = dominant.new_zeros(upper.shape[0] + lower.shape[0], rank + rest)
-        whole.narrow(1, 0, rank).index_copy_(0, upper, dominant)
-        whole.narrow(1, rank, rest).index_copy_(0, lower, supplementary)
-        return whole
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Return the gradients of both blocks."""
-        (grad,), (rank, rest) = grads, ctx.ranks
-        upper, lower = ctx.saved_tensors
-        left = grad.narrow(1, 0, rank).index_select(0, upper)
-        return left, grad.narrow(1, rank, rest).index_select(0, lower), None, None
-
-
-def _expanded(dominant: Tensor, supplementary: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
-    """The same as :class:`Expand` in operations that need no rule for their gradient."""
-    rows = upper.shape[0] + lower.shape[0]
-    left = dominant.new_zeros(rows, dominant.shape[1]).index_copy(0, upper, dominant)
-    right = supplementary.new_zeros(rows, supplementary.shape[1])
-    return torch.cat([left, right.index_copy(0, lower, supplementary)], dim=1)
 
 
 class Partitioned(Form):
@@ -79,11 +40,12 @@ class Partitioned(Form):
 
     def forward(self, dominant: Tensor, supplementary: Tensor) -> Tensor:
         """Return the expanded B from its two blocks."""
-        if torch.compiler.is_compiling():
-            # Compilers fuse the plain operations; tracing the function warns inside torch 2.13.
-            return _expanded(dominant, supplementary, self.upper, self.lower)
-        whole: Any = Expand.apply(dominant, supplementary, self.upper, self.lower)
-        return whole
+        rows = self.dominant.numel()
+        # Copies by row, because their gradient is a gather; that of a gather adds row by row. A
+        # function of our own with fewer temporaries was slower, with Python in both passes.
+        left = dominant.new_zeros(rows, self.rank).index_copy(0, self.upper, dominant)
+        right = supplementary.new_zeros(rows, self.supplementary_rank)
+        return torch.cat([left, right.index_copy(0, self.lower, supplementary)], dim=1)
 
     def compose(self, **learned: Tensor) -> Tensor:
         """Return the weight as the layer uses it."""
