@@ -35,7 +35,7 @@ import torch
 
 import gradrank as gr
 from bench_dynamic import Step, load, lora, make_batches, optimizer_of, stepper
-from gradrank.adapters.reserve import reserve_neurons
+from gradrank.adapters.neurons import reserve_neurons
 from gradrank.adapters.view import lora_sites
 from gradrank.core.files import write_json
 from gradrank.core.partition import NeuronPartition

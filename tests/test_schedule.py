@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradrank.core.errors import OptionError
-from gradrank.schedule import Schedule
+from gradrank.schedule import Schedule, TwoStage
 
 
 def decisions(total: int, interval: int, warmup: int, freeze_after: int | None) -> list[int]:
@@ -105,3 +105,27 @@ def test_impossible_numbers_are_refused_by_name(name: str) -> None:
     numbers = {"total_steps": 10, "interval": 2, "window": 2, "warmup": 0}
     with pytest.raises(OptionError, match=rf"{name} is -1; it must be"):
         Schedule(**numbers | {name: -1})
+
+
+def test_two_stages_look_in_every_kth_step_of_the_first_and_decide_once() -> None:
+    schedule = TwoStage(total_steps=20, initial_steps=7, interval=3)
+    assert [s for s in range(1, 21) if schedule.observes(s)] == [3, 6]
+    assert [s for s in range(1, 21) if schedule.decides(s)] == [7] == list(schedule.decisions)
+    assert schedule.looks == 2
+    schedule.check("pilora")
+
+
+@pytest.mark.parametrize(
+    ("total", "first", "interval", "what"),
+    [
+        (10, 10, 2, "never reach its second stage: the first one takes 10 of 10"),
+        (10, 4, 5, "without having looked at anything: gradients are looked at every 5 steps"),
+        (10, 0, 5, "initial_steps is 0"),
+        (10, 4, 0, "interval is 0"),
+    ],
+)
+def test_stages_that_cannot_work_are_refused(
+    total: int, first: int, interval: int, what: str
+) -> None:
+    with pytest.raises(OptionError, match=what):
+        TwoStage(total, first, interval).check("method 'pilora'")

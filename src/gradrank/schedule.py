@@ -268,8 +268,9 @@ class TwoStage:
         if not self.decisions:
             raise OptionError(
                 f"{what} would never reach its second stage: the first one takes "
-                f"{self.initial_steps} of {self.total_steps} steps (initial_steps). Lower it, or "
-                "train for more steps."
+                f"{self.initial_steps} of {self.total_steps} steps (initial_steps). Lower it, "
+                f"and interval ({self.interval}) if it is to be lower than that, or train for more "
+                "steps."
             )
         if not self.looks:
             raise OptionError(

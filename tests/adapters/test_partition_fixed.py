@@ -23,7 +23,8 @@ from adapters.surgery_cases import (
 )
 from cases import CASES
 from gradrank.adapters import forms, swap
-from gradrank.adapters.reserve import reserve_neurons, reserve_ranks, settle
+from gradrank.adapters.neurons import reserve_neurons
+from gradrank.adapters.reserve import reserve_ranks, settle
 from gradrank.core.errors import OptionError, SurgeryError, TargetError
 from gradrank.core.partition import NeuronPartition
 

@@ -24,7 +24,8 @@ from adapters.surgery_cases import (
 from cases import CASES, hand_plan
 from gradrank.adapters import sidecar
 from gradrank.adapters.apply import adapter_ranks, count_trainable
-from gradrank.adapters.reserve import refit, reserve_neurons
+from gradrank.adapters.neurons import reserve_neurons
+from gradrank.adapters.reserve import refit
 from gradrank.core.errors import DataError, PlanError, SurgeryError
 from gradrank.core.partition import NeuronPartition
 from gradrank.core.plan import PlannedTarget

@@ -304,7 +304,7 @@ def test_targets_of_few_neurons_are_drawn(rows):
     runs, layout = prepared(record)
     drawn = partition_bands(runs[0], layout)
     # From 65 on cells are whole pixels wide.
-    assert len(drawn.data["q"]["0"]["share"]) == (55 if rows == 65 else rows)
+    assert len(drawn.data["q"]["0"]["share"]) == (52 if rows == 65 else rows)
     assert drawn.data["head"]["–"]["neurons"] == 1
     assert neurons_section(runs, layout).blocks
 

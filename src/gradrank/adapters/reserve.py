@@ -13,7 +13,6 @@ from gradrank.adapters.factors import check_unmerged, check_whole
 from gradrank.adapters.forms import attach_mask, detach
 from gradrank.adapters.guard import check
 from gradrank.adapters.layer_forms import set_active, set_partition
-from gradrank.adapters.neurons import reserve_neurons
 from gradrank.adapters.optimizers import inner_optimizer
 from gradrank.adapters.rollback import Rollback
 from gradrank.adapters.surgery import edit, make_edits
@@ -33,7 +32,7 @@ from gradrank.core.errors import SurgeryError, TargetError
 from gradrank.core.partition import Capacity, NeuronPartition
 from gradrank.signals.layers import unwrapped
 
-__all__ = ["refit", "reserve_neurons", "reserve_ranks", "restart", "settle", "start_svd"]
+__all__ = ["refit", "reserve_ranks", "restart", "settle", "start_svd"]
 
 
 @torch.no_grad()
