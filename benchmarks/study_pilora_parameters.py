@@ -9,14 +9,13 @@ results alone.
 """
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gradrank.core.files import read_json, write_json, write_text
+from gradrank.core.files import read_json, write_json
 from gradrank.lab.neuron_findings import study
-from gradrank.lab.path_tables import markdown
+from gradrank.lab.pages import fill, markdown
 
 Found = dict[str, Any]
 
@@ -45,18 +44,6 @@ def tables(found: Found) -> dict[str, str]:
         "roberta": _other_ranks(models["RoBERTa-large"]),
         "shares": _shares(models),
     }
-
-
-def fill(page: Path, made: dict[str, str]) -> None:
-    """Write tables into a page, each between its two markers."""
-    text = page.read_text(encoding="utf-8")
-    for name, table in made.items():
-        place = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
-        if not place.search(text):
-            raise SystemExit(f"page '{page}' has no place for table '{name}'.")
-        block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
-        text = place.sub(lambda _, block=block: block, text)
-    write_text(page, text, overwrite=True)
 
 
 def _shapes(models: Found) -> str:

@@ -10,10 +10,11 @@ import torch
 
 from gradrank.core.errors import DataError, OptionError
 from gradrank.lab import path_findings, path_noise, path_ranking, path_results, path_study
+from gradrank.lab.pages import markdown
 from gradrank.lab.path_collect import QUICK, Kept, Measured, StudySize
 from gradrank.lab.path_measure import PathSettings, Rig
 from gradrank.lab.path_scores import FORMS, Pool, estimators, split_half
-from gradrank.lab.path_tables import markdown, refresh, tables
+from gradrank.lab.path_tables import refresh, tables
 from gradrank.methods.importance import ElementImportance
 from gradrank.ops import quadrature
 from gradrank.report.figures_study import study_figures

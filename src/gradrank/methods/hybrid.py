@@ -1,20 +1,21 @@
 """One budget for ranks and neurons: partitions of rows beside ranks in the same exact knapsack."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from gradrank.allocation import SOLVERS
 from gradrank.allocation.capacities import RowSplit, allocate_capacities
-from gradrank.core.errors import MeasurementError
 from gradrank.core.partition import Capacity, NeuronPartition
 from gradrank.core.targets import Target
 from gradrank.methods.method import (
     Assessment,
+    by_direction,
     check_rank_bounds,
     check_sketch,
     option,
@@ -22,7 +23,7 @@ from gradrank.methods.method import (
 )
 from gradrank.ops.agreement import spearman
 from gradrank.ops.rows import by_energy, row_energies, split_energies
-from gradrank.signals.mean_gradient import EVEN, ODD, WHOLE, MeanGradientStatistic
+from gradrank.signals.mean_gradient import EVEN, ODD, MeanGradientStatistic
 from gradrank.signals.measure import MeanGradient, Signal
 from gradrank.signals.measurement import Measurement
 
@@ -83,24 +84,14 @@ class Hybrid:
         Raises:
             MeasurementError: If nothing was measured, or every gradient is zero.
         """
-        if measurement is None:
-            raise MeasurementError("method 'hybrid' needs a measurement; none was given.")
-        statistic = measurement.need_mean_gradient()
-        values = statistic.values[WHOLE]
-        gains = {target.name: values[target.name].square().tolist() for target in targets}
-        scores = {name: sum(energies) for name, energies in gains.items()}
-        if not any(scores.values()):
-            raise MeasurementError(
-                f"the mean gradient of all {len(targets)} targets is zero, so that there is "
-                "nothing to allocate by. Check the labels and the loss."
-            )
-        splits, details = {}, {}
-        for target in targets:
-            name = target.name
-            details[name] = _columns(statistic, name, gains[name], scores[name])
-            if self.shares is not None and scores[name] > 0:
+        found = by_direction(self.name, targets, measurement)
+        statistic = cast(Measurement, measurement).need_mean_gradient()
+        splits: dict[str, list[RowSplit]] = {}
+        for name, score in found.scores.items():
+            if self.shares is not None and score > 0:
                 splits[name] = _splits(statistic.need_rows()[name], _parse(self.shares))
-        return Assessment(scores, gains, details, splits)
+        details = {n: {**c, **_agreement(statistic, n)} for n, c in found.details.items()}
+        return Assessment(found.scores, found.gains, details, splits)
 
     def ranks(
         self, targets: Sequence[Target], assessment: Assessment, budget: int
@@ -145,18 +136,14 @@ class Hybrid:
         )
 
 
-def _columns(
-    statistic: MeanGradientStatistic, name: str, gains: Sequence[float], score: float
-) -> dict[str, float]:
-    if score <= 0:
+def _agreement(statistic: MeanGradientStatistic, name: str) -> dict[str, float]:
+    """How far two halves of the batches agree on which rows have energy, if that is known."""
+    if EVEN not in statistic.rows or ODD not in statistic.rows:
         return {}
-    columns = {"top_energy_share": gains[0] / score}
-    if EVEN in statistic.rows and ODD in statistic.rows:
-        first, second = (row_energies(statistic.rows[half][name]) for half in (EVEN, ODD))
-        agreement = spearman(first, second)
-        if agreement == agreement:  # noqa: PLR0124 - NaN for rows that are all alike
-            columns["row_agreement"] = agreement
-    return columns
+    first, second = (row_energies(statistic.rows[half][name]) for half in (EVEN, ODD))
+    agreement = spearman(first, second)
+    # NaN for rows that are all alike.
+    return {} if math.isnan(agreement) else {"row_agreement": agreement}
 
 
 def _splits(factors: Tensor, shares: Sequence[Fraction]) -> list[RowSplit]:

@@ -10,6 +10,7 @@ from gradrank.allocation.capacities import RowSplit
 from gradrank.core.errors import MeasurementError, OptionError, nearest
 from gradrank.core.partition import Capacity
 from gradrank.core.targets import Target
+from gradrank.signals.mean_gradient import WHOLE
 from gradrank.signals.measure import MAX_SKETCH, Signal
 from gradrank.signals.measurement import Measurement
 
@@ -110,6 +111,37 @@ def by_effective_rank(
             for target in targets
         },
     )
+
+
+def by_direction(
+    name: str, targets: Sequence[Target], measurement: Measurement | None
+) -> Assessment:
+    """Return what each direction of the mean gradient is worth: its energy.
+
+    Args:
+        name: Name of the method, for messages.
+        targets: The targets.
+        measurement: Measurement with the mean-gradient signal.
+
+    Returns:
+        Gains per direction (squared singular values), their sums as scores, and per target with
+        any energy the column ``top_energy_share``, the share of its first direction.
+
+    Raises:
+        MeasurementError: If nothing was measured, or every gradient is zero.
+    """
+    if measurement is None:
+        raise MeasurementError(f"method '{name}' needs a measurement; none was given.")
+    values = measurement.need_mean_gradient().values[WHOLE]
+    gains = {target.name: values[target.name].square().tolist() for target in targets}
+    scores = {target: sum(energies) for target, energies in gains.items()}
+    if not any(scores.values()):
+        raise MeasurementError(
+            f"the mean gradient of all {len(targets)} targets is zero, so that there is nothing to "
+            "allocate by. Check the labels and the loss."
+        )
+    shares = {n: {"top_energy_share": gains[n][0] / score} for n, score in scores.items() if score}
+    return Assessment(scores, gains, shares)
 
 
 def normalised(values: Mapping[str, float]) -> dict[str, float]:

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradrank.allocation import allocate_gains
-from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
 from gradrank.methods.method import (
     Assessment,
+    by_direction,
     check_rank_bounds,
     check_sketch,
     option,
     require,
 )
-from gradrank.signals.mean_gradient import WHOLE
 from gradrank.signals.measure import MeanGradient, Signal
 from gradrank.signals.measurement import Measurement
 
@@ -62,22 +61,7 @@ class Waterfill:
         Raises:
             MeasurementError: If nothing was measured, or every gradient is zero.
         """
-        if measurement is None:
-            raise MeasurementError("method 'waterfill' needs a measurement; none was given.")
-        values = measurement.need_mean_gradient().values[WHOLE]
-        gains = {target.name: values[target.name].square().tolist() for target in targets}
-        scores = {name: sum(energies) for name, energies in gains.items()}
-        if not any(scores.values()):
-            raise MeasurementError(
-                f"the mean gradient of all {len(targets)} targets is zero, so that there is "
-                "nothing to allocate by. Check the labels and the loss."
-            )
-        details = {
-            target.name: {"top_energy_share": gains[target.name][0] / scores[target.name]}
-            for target in targets
-            if scores[target.name] > 0
-        }
-        return Assessment(scores, gains, details)
+        return by_direction(self.name, targets, measurement)
 
     def ranks(
         self, targets: Sequence[Target], assessment: Assessment, budget: int
