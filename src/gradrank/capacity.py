@@ -238,9 +238,10 @@ class CapacityRun:
         Raises:
             DataError: If it belongs to another model, or is damaged.
         """
-        found: Any = sidecar.read(path)[0].get("ranks")
+        facts = sidecar.read(path)[0]
+        found: Any = facts.get("ranks")
         ranks: dict[str, Any] = found if isinstance(found, dict) else {}
-        partitions = sidecar.stored_partitions(path)
+        partitions = sidecar.partitions_in(facts, path)
         known = set(ranks) == {target.name for target in self._targets}
         if not known or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
             raise DataError(

@@ -12,6 +12,14 @@ from gradrank.adapters.partitioned import Partitioned, PartitionMask
 from gradrank.core.errors import OptionError, TargetError
 from gradrank.core.partition import NeuronPartition
 
+FORM_NAMES = {
+    "mask": "a component mask",
+    "svd": "the SVD form",
+    "partition": "a neuron partition",
+    "partition-mask": "room for a neuron partition",
+}
+"""What each form that :func:`form_of` returns is called in messages."""
+
 
 def form_of(layer: nn.Module, adapter: str) -> str:
     """Return which form an adapter of a layer has.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradrank.adapters.blockwise import carry_blockwise, is_overridden, is_paged, misfits_blockwise
 from gradrank.adapters.layouts import carry_known, comes_from, copied, misfits, place
-from gradrank.core.errors import TargetError
+from gradrank.core.errors import SurgeryError, TargetError
 from gradrank.ops.moments import Carry
 
 _FLATTENING = (
@@ -48,6 +48,27 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     while comes_from(optimizer, "accelerate") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def hookable_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer inside the wrappers of accelerate, if its steps can be watched.
+
+    Args:
+        optimizer: An optimizer, wrapped or not.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        SurgeryError: If it lets nobody look at gradients before its step.
+    """
+    inner = inner_optimizer(optimizer)
+    if not hasattr(inner, "register_step_pre_hook"):
+        raise SurgeryError(
+            f"a {type(inner).__name__} does not let anybody look at gradients before its step. "
+            "Use an optimizer of torch's kind."
+        )
+    return inner
 
 
 def carry_state(

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from gradrank.adapters.edits import Drop, Edit, Grow, Partition, Select, Shrink
+from gradrank.adapters.layer_forms import FORM_NAMES
 from gradrank.adapters.swap import Incision
 from gradrank.adapters.view import LoraSite
 from gradrank.core.partition import NeuronPartition
 from gradrank.ops.lowrank import fresh_rows, truncate
 from gradrank.ops.moments import Carry
 from gradrank.ops.sketch import seed_of
-
-_FORMS = {"mask": "a component mask", "svd": "the SVD form"}
 
 
 def plain_edit(site: LoraSite, edit: Edit) -> Edit:
@@ -52,9 +51,9 @@ def misfits(site: LoraSite, edit: Partition, beyond: bool) -> Iterator[str]:
     if not isinstance(split, NeuronPartition):
         yield f"was given a partition {split!r}; make one with NeuronPartition.of(mask, r, r')"
         return
-    if site.form in _FORMS:
+    if site.form in {"mask", "svd"}:
         yield (
-            f"has {_FORMS[site.form]}, whose rows cannot be split; call gradrank.settle(model) "
+            f"has {FORM_NAMES[site.form]}, whose rows cannot be split; call gradrank.settle(model) "
             "first, and under DDP gradrank.reserve with a method that splits neurons"
         )
     d_in, d_out = site.linear("A").in_features, site.linear("B").out_features

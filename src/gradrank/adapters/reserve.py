@@ -196,17 +196,13 @@ def _check_room(sites: Mapping[str, LoraSite], room: Mapping[str, Capacity]) -> 
         rows, width = site.raw("B").shape
         rank = capacity if isinstance(capacity, int) else capacity.lora_rank
         fits = isinstance(capacity, int) or capacity.d_out == rows
-        if rank > width or not fits or adapter_is_merged(site):
+        merged = site.adapter in site.layer.merged_adapters
+        if rank > width or not fits or merged:
             raise SurgeryError(
                 f"'{name}' has {rows} rows and room for rank {width}, and the checkpoint has "
                 f"rank {rank}{'' if fits else ' on another number of rows'}; or its adapter is "
                 "merged. Reserve for the method that wrote the checkpoint, and unmerge."
             )
-
-
-def adapter_is_merged(site: LoraSite) -> bool:
-    """Tell whether a layer's adapter is merged into its base weight."""
-    return site.adapter in site.layer.merged_adapters
 
 
 def _check_held(compact: Iterable[LoraSite], optimizer: Any) -> None:

@@ -108,7 +108,23 @@ def stored_partitions(path: Path) -> dict[str, NeuronPartition]:
     Raises:
         DataError: If the sidecar is missing or damaged.
     """
-    found: Any = read(path)[0].get("partitions", {})
+    return partitions_in(read(path)[0], path)
+
+
+def partitions_in(facts: Mapping[str, Any], path: Path) -> dict[str, NeuronPartition]:
+    """Return the neuron partitions among what :func:`read` returned.
+
+    Args:
+        facts: A sidecar's plain data.
+        path: The sidecar, for messages.
+
+    Returns:
+        Partition by target name; empty if there is none.
+
+    Raises:
+        DataError: If they are damaged.
+    """
+    found: Any = facts.get("partitions", {})
     if not isinstance(found, dict):
         raise DataError(f"'{path.name}' in '{path.parent.name}' is damaged: no partitions by name.")
     try:

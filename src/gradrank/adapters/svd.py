@@ -12,6 +12,7 @@ from gradrank.adapters.directions import orthonormal_rows
 from gradrank.adapters.edits import Edit, Grow, Select
 from gradrank.adapters.forms import attach_svd
 from gradrank.adapters.guard import SVD_SETTING, check, wrapping
+from gradrank.adapters.layer_forms import FORM_NAMES
 from gradrank.adapters.optimizers import inner_optimizer
 from gradrank.adapters.rollback import Rollback
 from gradrank.adapters.stores import agree, store_for
@@ -20,13 +21,6 @@ from gradrank.adapters.swap import FixedShape, Incision
 from gradrank.adapters.view import LoraSite, adapter_name, lora_sites, sync_config, unsupported
 from gradrank.core.errors import SurgeryError, nearest
 from gradrank.ops.sketch import seed_of
-
-_KINDS = {
-    "mask": "a component mask",
-    "svd": "the SVD form",
-    "partition": "a neuron partition",
-    "partition-mask": "room for a neuron partition",
-}
 
 
 @torch.no_grad()
@@ -164,7 +158,7 @@ def check_unformed(sites: Mapping[str, LoraSite], ranks: Mapping[str, int]) -> N
         )
     formed = [name for name, site in sites.items() if site.form != "plain"]
     if formed:
-        kind = _KINDS[sites[formed[0]].form]
+        kind = FORM_NAMES[sites[formed[0]].form]
         raise SurgeryError(
             f"{len(formed)} layer(s) have {kind} already ('{formed[0]}', ...). Reserve "
             "once, before the optimizer is made; gradrank.settle(model) makes layers plain again."

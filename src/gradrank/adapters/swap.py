@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,8 @@ class Replace:
         new = nn.Parameter(value, requires_grad=old.requires_grad)
         known = True
         if self._change is not None and id(old) in self._held:
-            carried = self._carried(old, incision.carries.get(factor), ((None, AXIS[factor]),))
+            carry = incision.carries.get(factor)
+            carried = self._carried(old, [(carry, AXIS[factor])] if carry is not None else [])
             known = not carried.reset
             self._change.replace(old, new, carried.state)
         site.assign(factor, new)
@@ -112,22 +113,19 @@ class Replace:
             if not new.numel():
                 continue
             chosen = [i for i, flag in enumerate(dominant) if flag == group]
-            steps = ((None, 1), (Carry.select(chosen), 0), (Carry.select(columns[factor]), 1))
-            carried = self._carried(old, carry, steps)
+            steps = [(carry, 1), (Carry.select(chosen), 0), (Carry.select(columns[factor]), 1)]
+            carried = self._carried(old, steps if carry is not None else [])
             known &= not carried.reset
             parts.append((new, carried.state, f"parametrizations.weight.original{len(parts)}"))
         self._change.split(old, parts)
         return known
 
-    def _carried(
-        self, old: Tensor, first: Carry | None, steps: Iterable[tuple[Carry | None, int]]
-    ) -> Carried:
-        """The state of a parameter after one carry per axis; None stands for the first one."""
-        carried = Carried(dict(self._optimizer.state.get(old, {})) if first is not None else {})
+    def _carried(self, old: Tensor, steps: Sequence[tuple[Carry, int]]) -> Carried:
+        """The state of a parameter after carries along some axes; afresh without any."""
+        carried = Carried(dict(self._optimizer.state.get(old, {})) if steps else {})
         before = old
-        for step, axis in steps:
-            carry = step if step is not None else first
-            if carry is None or not carried.state:
+        for carry, axis in steps:
+            if not carried.state:
                 break
             carried = carry_state(self._optimizer, before, carried.state, carry, axis)
             shape = list(before.shape)

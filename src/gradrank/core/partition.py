@@ -64,9 +64,8 @@ class NeuronPartition:
         Returns:
             The partition.
         """
-        flags = [bool(flag) for flag in dominant]
-        text = "".join("1" if flag else "0" for flag in reversed(flags))
-        return cls(len(flags), rank, supplementary_rank, int(text, 2) if text else 0)
+        flags = list(dominant)
+        return cls(len(flags), rank, supplementary_rank, bits_of(flags))
 
     @property
     def mask(self) -> list[bool]:
@@ -147,6 +146,23 @@ class NeuronPartition:
                 f"a neuron partition's 'dominant' is no hexadecimal number: {text[:24]!r}."
             ) from error
         return cls(known["d_out"], known["rank"], known["supplementary_rank"], bits)
+
+
+def bits_of(dominant: Sequence[bool]) -> int:
+    """Return a mask of rows as a number: bit i is set if row i is dominant.
+
+    Args:
+        dominant: One entry per row.
+
+    Returns:
+        The number.
+
+    Examples:
+        >>> bits_of([True, False, True])
+        5
+    """
+    text = "".join("1" if flag else "0" for flag in reversed(dominant))
+    return int(text, 2) if text else 0
 
 
 Capacity = int | NeuronPartition

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradrank.allocation import SOLVERS
 from gradrank.allocation.capacities import RowSplit, allocate_capacities
-from gradrank.core.partition import Capacity, NeuronPartition
+from gradrank.core.partition import Capacity, NeuronPartition, bits_of
 from gradrank.core.targets import Target
 from gradrank.methods.method import (
     Assessment,
@@ -160,9 +160,9 @@ def _splits(factors: Tensor, shares: Sequence[Fraction]) -> list[RowSplit]:
 
 
 def _bits(rows: Tensor, m: int) -> int:
-    mask = torch.zeros(m, dtype=torch.uint8)
-    mask[rows] = 1
-    return int("".join(map(str, reversed(mask.tolist()))), 2)
+    mask = torch.zeros(m, dtype=torch.bool)
+    mask[rows] = True
+    return bits_of(mask.tolist())
 
 
 def _parse(text: str) -> list[Fraction]:

@@ -49,9 +49,10 @@ class UnclippedGradients:
         Returns:
             One tensor per parameter, in the order of :meth:`open`; zero where none arrived.
         """
+        held = [self._copies.get(id(parameter)) for parameter in self._parameters]
         found = [
-            self._copies.get(id(parameter), torch.zeros_like(parameter, requires_grad=False))
-            for parameter in self._parameters
+            torch.zeros_like(parameter, requires_grad=False) if copy is None else copy
+            for parameter, copy in zip(self._parameters, held, strict=True)
         ]
         self.close()
         return averaged(found) if is_distributed() else found

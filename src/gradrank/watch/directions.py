@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gradrank.adapters.edits import Drop, Edit, Select
-from gradrank.adapters.optimizers import inner_optimizer
+from gradrank.adapters.optimizers import hookable_optimizer
 from gradrank.adapters.view import lora_sites
-from gradrank.core.errors import SurgeryError
 from gradrank.methods.course import Decision, DirectionCourse
 from gradrank.ops.many import many
 from gradrank.ops.orthogonality import penalty_gradient
@@ -39,12 +38,7 @@ class DirectionWatch:
     ) -> None:
         self._model, self._course, self._adapter = model, course, adapter
         self._found: list[Branch] | None = None
-        inner = inner_optimizer(optimizer)
-        if not hasattr(inner, "register_step_pre_hook"):
-            raise SurgeryError(
-                f"a {type(inner).__name__} does not let anybody look at gradients before its step. "
-                "Use an optimizer of torch's kind."
-            )
+        inner = hookable_optimizer(optimizer)
         self._scorer = scorer_for(
             course.sensitivity, unwrapped(model), self._branches, seed, loss_function
         )

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gradrank.adapters.edits import Edit, Partition
-from gradrank.adapters.optimizers import inner_optimizer
-from gradrank.adapters.view import lora_sites
-from gradrank.core.errors import SurgeryError
+from gradrank.adapters.optimizers import hookable_optimizer
+from gradrank.adapters.view import LoraSite, lora_sites
 from gradrank.core.partition import NeuronPartition
 from gradrank.core.targets import Target
 from gradrank.methods.course import Decision, NeuronCourse
@@ -43,16 +42,12 @@ class NeuronWatch:
         adapter: str,
     ) -> None:
         self._model, self._course, self._adapter = model, course, adapter
-        inner = inner_optimizer(optimizer)
-        if not hasattr(inner, "register_step_pre_hook"):
-            raise SurgeryError(
-                f"a {type(inner).__name__} does not let anybody look at gradients before its step. "
-                "Use an optimizer of torch's kind."
-            )
+        inner = hookable_optimizer(optimizer)
         self._targets = targets
         self._shown = pictured(targets)
         self._maps: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
         self._gradients = UnclippedGradients()
+        self._sites: dict[str, LoraSite] = {}
         self._handle: Any = inner.register_step_pre_hook(self._before_update)
         self.left_out = 0
 
@@ -61,8 +56,9 @@ class NeuronWatch:
         if not self._course.schedule.observes(step):
             self._gradients.close()
         elif not self._gradients.is_open:
-            sites = lora_sites(self._model, self._adapter).values()
-            self._gradients.open([site.raw(factor) for site in sites for factor in ("A", "B")])
+            self._sites = lora_sites(self._model, self._adapter)
+            factors = [site.raw(f) for site in self._sites.values() for f in ("A", "B")]
+            self._gradients.open(factors)
 
     @torch.no_grad()
     def _before_update(self, *_: Any) -> None:
@@ -71,7 +67,7 @@ class NeuronWatch:
         copies = iter(self._gradients.take())
         importance: dict[str, Tensor] = {}
         maps: dict[str, Tensor] = {}
-        for name, site in lora_sites(self._model, self._adapter).items():
+        for name, site in self._sites.items():
             # At a fixed shape the first components are in use, and the others are masked.
             rank = site.rank
             weights = site.raw("A")[:rank], site.raw("B")[:, :rank]
