@@ -21,7 +21,7 @@ _OBJECTS = ("config", "environment", "seeds", "losses", "metrics", "cost", "trai
 _FORMS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("name", "kind", "created"), str, "text"),
     (_OBJECTS, dict, "an object"),
-    (("plan", "measurement", "neurons"), dict | None, "an object or null"),
+    (("plan", "measurement", "neurons", "comparison", "items"), dict | None, "an object or null"),
     (("ranks_over_time", "decisions"), list, "a list"),
 )
 
@@ -56,6 +56,9 @@ class RunRecord:
         trainable_parameters: ``peak`` and ``final`` of the adapter, ``other`` (a task head).
         neurons: Which output neurons a method of two stages chose, and by what; see below. None
             for other methods.
+        comparison: Where the run stands in a comparison; see below. None for a run of its own.
+        items: What was predicted for each item of the reported split; see below. None where nobody
+            compares.
 
     A decision holds ``step`` and, as far as it is known:
 
@@ -89,6 +92,18 @@ class RunRecord:
       ``after``: the magnitudes of the approximate gradient in the first and in the last look,
       averaged into at most 128 x 128 cells, row by row.
 
+    ``comparison`` holds ``recipe``, ``about``, ``source`` (of the recipe), ``phase`` (``tune``,
+    ``final`` or ``stability``), ``task``, ``method`` (the label), ``budget`` (as in the recipe),
+    ``seed``, ``lr``, ``metric`` (the one that counts), ``higher_is_better``, ``matched`` (whether the
+    arm is held to the budget), ``notes`` (a list of texts) and ``message`` (of a failed run).
+
+    ``items`` holds ``kind`` and lists of one length, one entry per item in the order of the split:
+
+    - ``tokens``: ``nll`` (summed over the block, nats) and ``count`` (predicted tokens).
+    - ``classes``: ``expected`` and ``predicted`` (class indices), ``nll`` (nats).
+    - ``answers``: ``expected`` and ``predicted`` (texts; an empty one: no answer was found), ``nll``
+      and ``count`` of the reference answer, and, where a task has parts, ``group`` (texts).
+
     Older records lack some or all of these.
     """
 
@@ -108,6 +123,8 @@ class RunRecord:
     cost: Mapping[str, float] = field(default_factory=dict)
     trainable_parameters: Mapping[str, int] = field(default_factory=dict)
     neurons: Mapping[str, Any] | None = None
+    comparison: Mapping[str, Any] | None = None
+    items: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data; NaN and infinity become None (JSON has neither)."""
