@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import gradrank as gr
 from cases import CASES, batches
-from gradrank.cli.planning import narrow
+from gradrank.lab.measured import narrow
 from gradrank.signals.measurement import Measurement, merge
 from oracles.gradients import weight_gradients
 

@@ -9,13 +9,14 @@ from typing import Any
 from gradrank.cli.console import Console
 from gradrank.cli.demo_folder import check_demo_folder, mark
 from gradrank.cli.exits import RunFailedError
-from gradrank.cli.planning import narrow, plan_without_data, rehearse, take_measurement
+from gradrank.cli.planning import plan_without_data, rehearse, take_measurement
 from gradrank.cli.prepare import Prepared, load_model, prepare, read
 from gradrank.cli.settings import Settings
 from gradrank.cli.tables import plan_lines, table
 from gradrank.cli.training import carry_out, train_settings, write_start
 from gradrank.core.files import new_folder
 from gradrank.core.plan import Plan
+from gradrank.lab.measured import narrow
 from gradrank.lab.evaluate import evaluate
 from gradrank.lab.settings import autocast_dtype
 from gradrank.methods.registry import create

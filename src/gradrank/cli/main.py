@@ -20,6 +20,7 @@ VERBS = {
     "demo": "Uniform, gard and waterfill on a real model, end to end, in minutes.",
     "plan": "Measure gradients and decide which rank each module gets.",
     "train": "Fine-tune a model with the capacity placed by a method or a plan.",
+    "compare": "Compare methods over budgets, tasks and seeds, with paired statistics.",
     "show": "Print a plan or an adapter: ranks, parameters, scales.",
     "report": "Draw one HTML page from the records of runs.",
     "export": "Write an adapter for others to load, with a check of its logits.",

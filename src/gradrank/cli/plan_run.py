@@ -8,7 +8,7 @@ import torch
 from gradrank.cli import runfile
 from gradrank.cli.console import Console
 from gradrank.cli.lengths import in_steps, rehearsed
-from gradrank.cli.planning import make_plan, narrow
+from gradrank.cli.planning import make_plan
 from gradrank.cli.prepare import prepare
 from gradrank.cli.settings import Settings
 from gradrank.cli.training import make_record, now, plan_record
@@ -17,6 +17,7 @@ from gradrank.core.files import new_folder
 from gradrank.core.plan import Plan
 from gradrank.lab.encode import size_of
 from gradrank.lab.environment import environment
+from gradrank.lab.measured import narrow
 from gradrank.methods.registry import create
 from gradrank.record import RunRecord
 from gradrank.report import write as write_report

@@ -9,23 +9,19 @@ from typing import Any
 
 import torch
 
-from gradrank.callback import CapacityCallback
 from gradrank.cli import runfile
 from gradrank.cli.console import Console
 from gradrank.cli.exits import RunFailedError
 from gradrank.cli.prepare import Prepared
 from gradrank.cli.settings import Settings
-from gradrank.core.budget import Budget
 from gradrank.core.files import new_folder
 from gradrank.core.plan import Plan
+from gradrank.lab.arms import head_options, moving
 from gradrank.lab.train import TrainOutcome, TrainSettings, train
-from gradrank.methods.registry import METHODS, create
 from gradrank.record import RunRecord
 from gradrank.report import write as write_report
 from gradrank.session import ExportReport, apply, export
 from gradrank.signals.measurement import Measurement
-
-_HEAD_NAMES = ("score", "classifier", "classification_head")
 
 
 @dataclass(frozen=True)
@@ -93,10 +89,14 @@ def carry_out(
         The record (written, whatever the outcome), the outcome, and the export if it finished.
     """
     created = now()
-    capacity = moving(plan, settings)
+    capacity = moving(plan, train_settings(settings).steps, settings.seed)
+    loaded = prepared.loaded
     torch.manual_seed(settings.seed)
-    options = {"lora_dropout": settings.lora_dropout or 0.0, **_head(prepared)}
-    model = apply(plan, prepared.loaded.model, settings.lora_alpha or 16, **options)
+    options = {
+        "lora_dropout": settings.lora_dropout or 0.0,
+        **head_options(loaded.model, loaded.head),
+    }
+    model = apply(plan, loaded.model, settings.lora_alpha or 16, **options)
     with console.progress(label) as tell:
         outcome = train(
             model,
@@ -119,26 +119,6 @@ def carry_out(
     if outcome.status == "finished" and not settings.checkpoint_every:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return Result(record, outcome, exported)
-
-
-def moving(plan: Plan, settings: Settings) -> CapacityCallback | None:
-    """Return what moves capacity while training, if the plan's method does.
-
-    Args:
-        plan: The plan, whose ranks are those of the start.
-        settings: How to train.
-
-    Returns:
-        The callback; None for a static method.
-    """
-    if plan.method not in METHODS or not hasattr(METHODS[plan.method], "course"):
-        return None
-    method = create(plan.method, plan.options)
-    targets = [planned.target for planned in plan.targets]
-    course = method.course(targets, plan.budget_parameters, train_settings(settings).steps)
-    course.schedule.check(f"method '{plan.method}'")
-    budget = Budget.parameters(plan.budget_parameters)
-    return CapacityCallback(method, budget, seed=settings.seed)
 
 
 def _export(model: Any, prepared: Prepared, folder: Path, overwrite: bool) -> ExportReport:
@@ -286,14 +266,3 @@ def last_words(outcome: TrainOutcome, folder: Path) -> None:
         raise KeyboardInterrupt(f"{outcome.message} The run so far is in '{folder}'.")
     if outcome.status == "failed":
         raise RunFailedError(f"{outcome.message} The run up to there is recorded in '{folder}'.")
-
-
-def _head(prepared: Prepared) -> dict[str, Any]:
-    """Return the PEFT options by which a task head is trained in full and saved."""
-    if prepared.loaded.head == "lm":
-        return {"task_type": "CAUSAL_LM"}
-    children = {name for name, _ in prepared.loaded.model.named_children()}
-    options: dict[str, Any] = {"modules_to_save": [n for n in _HEAD_NAMES if n in children]}
-    if prepared.loaded.head == "classification":
-        options["task_type"] = "SEQ_CLS"
-    return options

@@ -1,10 +1,10 @@
-"""Recipes: which methods, budgets and seeds are compared, as one readable file.
+"""Recipes: which tasks, methods, budgets and seeds are compared, as one readable file.
 
-A recipe is one run's configuration with lists where runs differ. Every combination is a complete
-configuration of ``gradrank train --config``.
+A recipe is data and nothing in it is executed. Everything that can be checked without a model is
+checked when it is read, so that a mistake in its last line costs no night of training.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ import yaml
 
 from gradrank.core.budget import Budget
 from gradrank.core.errors import DataError, OptionError, nearest
+from gradrank.lab.baselines.registry import create_baseline, find_baseline, is_baseline
+from gradrank.lab.compare.config import RunConfig, flattened, run_config
 from gradrank.lab.epochs import options_in_steps
-from gradrank.methods.registry import create
+from gradrank.methods.registry import METHODS, create
 
 SCHEMA = "gradrank.recipe/1"
 _LARGEST = 1 << 20
-_KEYS = {"schema", "name", "about", "source", "run", "budgets", "seeds", "methods"}
-_METHOD_KEYS = {"label", "method", "option"}
+_NEEDED = {"schema", "name", "about", "source", "run", "budgets", "seeds", "methods"}
+_KEYS = _NEEDED | {"tasks", "learning_rates", "tuning_seeds", "calibration_seeds", "reference"}
+_METHOD_KEYS = {"label", "method", "option", "run", "budgets", "learning_rates"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +31,36 @@ class Variant:
 
     Attributes:
         label: What it is called in tables; unique in the recipe.
-        method: Name of the method.
+        method: Name of a method or a baseline.
         options: Its options.
+        run: Settings in which its runs differ from the others'.
+        budgets: Budgets it is run at; empty: all of the recipe.
+        rates: Learning rates to search, as many as everybody's; empty: those of the recipe.
     """
 
     label: str
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
+    budgets: tuple[str, ...] = ()
+    rates: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEntry:
+    """One task of a comparison.
+
+    Attributes:
+        label: What it is called in tables; unique in the recipe.
+        run: Settings in which its runs differ from the others'.
+        budgets: Its budgets; empty: those of the recipe.
+        rates: Its learning rates to search; empty: those of the recipe.
+    """
+
+    label: str
+    run: Mapping[str, Any] = field(default_factory=dict)
+    budgets: tuple[str, ...] = ()
+    rates: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,42 +71,70 @@ class Recipe:
         name: Short name, a file name without its ending.
         about: What it asks, in a sentence.
         source: Paper and table or figure.
-        run: What all runs have in common, keys of ``gradrank train --config``.
+        run: What all runs have in common.
+        tasks: The tasks.
         budgets: Budgets.
         seeds: Seeds.
-        variants: Methods and options.
+        variants: Methods, baselines and options.
+        rates: Learning rates to search on the validation split; empty: none is searched.
+        tuning_seeds: Seeds of the search, which are none of ``seeds``.
+        calibration_seeds: Seeds of further calibrations, for the stability of allocations.
+        reference: Label of the line that the others are compared with.
     """
 
     name: str
     about: str
     source: str
     run: Mapping[str, Any]
+    tasks: tuple[TaskEntry, ...]
     budgets: tuple[str, ...]
     seeds: tuple[int, ...]
     variants: tuple[Variant, ...]
+    rates: tuple[float, ...] = ()
+    tuning_seeds: tuple[int, ...] = ()
+    calibration_seeds: tuple[int, ...] = ()
+    reference: str = "uniform"
 
-    def runs(self) -> dict[str, dict[str, Any]]:
-        """Return every run's configuration.
+    def config(self, task: TaskEntry, variant: Variant) -> RunConfig:
+        """Return the settings of a task's runs with one method.
 
-        Returns:
-            Configurations by a name that can be a folder's, seeds innermost.
+        Args:
+            task: The task.
+            variant: The method.
         """
-        return {
-            f"{_file_name(v.label)}--{_file_name(budget)}--seed{seed}": {
-                **self.run,
-                "method": v.method,
-                **(
-                    {"option": {k: _text(value) for k, value in v.options.items()}}
-                    if v.options
-                    else {}
-                ),
-                "budget": budget,
-                "seed": seed,
-            }
-            for v in self.variants
-            for budget in self.budgets
-            for seed in self.seeds
-        }
+        where = f"recipe '{self.name}', task '{task.label}', method '{variant.label}'"
+        layers = (flattened(part, where) for part in (self.run, task.run, variant.run))
+        return run_config(_stacked(layers), where)
+
+    def budgets_of(self, task: TaskEntry, variant: Variant) -> tuple[str, ...]:
+        """Return the budgets at which a method runs on a task.
+
+        Args:
+            task: The task.
+            variant: The method.
+        """
+        own = task.budgets or self.budgets
+        return tuple(b for b in own if b in variant.budgets) if variant.budgets else own
+
+    def rates_of(self, task: TaskEntry, variant: Variant) -> tuple[float, ...]:
+        """Return the learning rates that are searched for a method on a task.
+
+        Args:
+            task: The task.
+            variant: The method.
+        """
+        return variant.rates or task.rates or self.rates
+
+
+def _stacked(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        # A length in steps replaces one in epochs that stands below it, and the reverse.
+        for one, other in (("steps", "epochs"), ("epochs", "steps"), ("task", "data")):
+            if one in layer:
+                merged.pop(other, None)
+        merged |= layer
+    return merged
 
 
 def read(path: Path) -> Recipe:
@@ -94,36 +148,102 @@ def read(path: Path) -> Recipe:
 
     Raises:
         DataError: If it is missing, too large or no recipe.
-        OptionError: If a method, an option or a budget is wrong.
+        OptionError: If a method, an option, a setting or a budget is wrong.
     """
-    data = _mapping(path)
-    unknown = [key for key in data if key not in _KEYS]
-    if unknown:
-        raise DataError(
-            f"recipe '{path.name}' has the unknown key '{unknown[0]}'. "
-            f"{nearest(str(unknown[0]), _KEYS)}"
-        )
-    missing = sorted(_KEYS - set(data))
-    if missing or data["schema"] != SCHEMA:
-        what = f"lacks {', '.join(missing)}" if missing else f"has schema {data['schema']!r}"
-        raise DataError(f"recipe '{path.name}' {what}; it must be '{SCHEMA}' and whole.")
-    for key, kind in (("run", dict), ("budgets", list), ("seeds", list), ("methods", list)):
-        if not isinstance(data[key], kind) or not data[key]:
-            raise DataError(f"recipe '{path.name}': '{key}' must be a {kind.__name__}, not empty.")
-    variants = tuple(_variant(entry, path.name) for entry in data["methods"])
-    labels = [_file_name(variant.label) for variant in variants]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice is not None:
-        raise OptionError(f"recipe '{path.name}' has two methods labelled '{twice}'.")
-    return Recipe(
+    data, where = _mapping(path), f"recipe '{path.name}'"
+    _check_keys(data, where)
+    variants = tuple(_variant(entry, where) for entry in data["methods"])
+    entries = data.get("tasks") or [{}]
+    tasks = tuple(_task(entry, data["run"], where) for entry in entries)
+    for what, labels in (
+        ("methods", [v.label for v in variants]),
+        ("tasks", [t.label for t in tasks]),
+    ):
+        names = [file_name(label) for label in labels]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise OptionError(f"{where} has two {what} labelled '{twice}'. Give them labels.")
+    recipe = Recipe(
         name=str(data["name"]),
         about=str(data["about"]),
         source=str(data["source"]),
         run=data["run"],
-        budgets=tuple(_budget(text) for text in data["budgets"]),
-        seeds=tuple(int(seed) for seed in data["seeds"]),
+        tasks=tasks,
+        budgets=_budgets(data["budgets"], where),
+        seeds=_seeds(data["seeds"], "seeds", where),
         variants=variants,
+        rates=_rates(data.get("learning_rates"), where),
+        tuning_seeds=_seeds(data.get("tuning_seeds", [1000]), "tuning_seeds", where),
+        calibration_seeds=_seeds(data.get("calibration_seeds", []), "calibration_seeds", where),
+        reference=str(data.get("reference", "uniform")),
     )
+    _check_whole(recipe, where)
+    return recipe
+
+
+def file_name(label: str) -> str:
+    """Return a label as a part of a file name.
+
+    Args:
+        label: The label.
+
+    Examples:
+        >>> file_name("r'=2/warm")
+        'r-=2-warm'
+    """
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._=") else "-" for c in label)
+
+
+def _check_keys(data: Mapping[str, Any], where: str) -> None:
+    unknown = [key for key in data if key not in _KEYS]
+    if unknown:
+        raise DataError(
+            f"{where} has the unknown key '{unknown[0]}'. {nearest(str(unknown[0]), _KEYS)}"
+        )
+    missing = sorted(_NEEDED - set(data))
+    if missing or data["schema"] != SCHEMA:
+        what = f"lacks {', '.join(missing)}" if missing else f"has schema {data['schema']!r}"
+        raise DataError(f"{where} {what}; it must be '{SCHEMA}' and whole.")
+    for key, kind in (("run", dict), ("budgets", list), ("seeds", list), ("methods", list)):
+        if not isinstance(data[key], kind) or not data[key]:
+            raise DataError(f"{where}: '{key}' must be a {kind.__name__}, not empty.")
+    if not isinstance(data.get("tasks", []), list):
+        raise DataError(f"{where}: 'tasks' must be a list.")
+
+
+def _check_whole(recipe: Recipe, where: str) -> None:
+    labels = [variant.label for variant in recipe.variants]
+    if recipe.reference not in labels:
+        raise OptionError(
+            f"{where}: the reference '{recipe.reference}' is none of its methods. "
+            f"{nearest(recipe.reference, labels)}"
+        )
+    overlap = sorted(set(recipe.seeds) & set(recipe.tuning_seeds))
+    if overlap:
+        raise OptionError(
+            f"{where}: seed {overlap[0]} both chooses learning rates and is reported. Take other "
+            "tuning_seeds."
+        )
+    for task in recipe.tasks:
+        trials = {len(recipe.rates_of(task, variant)) for variant in recipe.variants}
+        if len(trials) > 1:
+            raise OptionError(
+                f"{where}, task '{task.label}': methods search {sorted(trials)} learning rates. "
+                "Give each as many trials as the others."
+            )
+        for variant in recipe.variants:
+            config = recipe.config(task, variant)
+            if trials != {0} and not config.validation:
+                raise OptionError(
+                    f"{where}, task '{task.label}': learning rates are searched, and no examples "
+                    "are held out to choose by. Set 'validation' (examples) under 'run'."
+                )
+            for budget in variant.budgets:
+                if budget not in (task.budgets or recipe.budgets) and len(recipe.tasks) == 1:
+                    raise OptionError(
+                        f"{where}: method '{variant.label}' names the budget '{budget}', which is "
+                        "none of the recipe's."
+                    )
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -142,27 +262,88 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _variant(entry: Any, where: str) -> Variant:
-    if not isinstance(entry, dict) or "method" not in entry or set(entry) - _METHOD_KEYS:
+    if isinstance(entry, str):
+        entry = {"method": entry}
+    if not isinstance(entry, dict) or "method" not in entry:
         raise DataError(
-            f"recipe '{where}': a method is a mapping with 'method' and, if need be, 'label' and "
-            f"'option'; found {entry!r}."
+            f"{where}: a method is a name, or a mapping with 'method' and, if need be, "
+            f"{', '.join(sorted(_METHOD_KEYS - {'method'}))}; found {entry!r}."
         )
-    options = entry.get("option") or {}
-    if not isinstance(options, dict):
-        raise DataError(f"recipe '{where}': 'option' must be a mapping; found {options!r}.")
+    unknown = [key for key in entry if key not in _METHOD_KEYS]
+    if unknown:
+        hint = nearest(str(unknown[0]), _METHOD_KEYS)
+        raise DataError(f"{where}: a method has the unknown key '{unknown[0]}'. {hint}")
+    options, run = entry.get("option") or {}, entry.get("run") or {}
+    for key, value in (("option", options), ("run", run)):
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: '{key}' must be a mapping; found {value!r}.")
+    name = str(entry["method"])
     # How many steps an epoch has is not known yet, and makes no option right or wrong.
-    create(str(entry["method"]), options_in_steps(options, 1, 1))
-    return Variant(str(entry.get("label", entry["method"])), str(entry["method"]), options)
+    known = {key: _text(value) for key, value in options_in_steps(options, 1, 1).items()}
+    if is_baseline(name):
+        create_baseline(name, known)
+    elif name in METHODS:
+        create(name, known)
+    else:
+        find_baseline(name)
+    return Variant(
+        label=str(entry.get("label", name)),
+        method=name,
+        options={key: _text(value) for key, value in options.items()},
+        run=run,
+        budgets=_budgets(entry.get("budgets") or [], where),
+        rates=_rates(entry.get("learning_rates"), where),
+    )
 
 
-def _budget(text: Any) -> str:
-    Budget.parse(text if isinstance(text, int) else str(text))
-    return str(text)
+def _task(entry: Any, run: Mapping[str, Any], where: str) -> TaskEntry:
+    if isinstance(entry, str):
+        entry = {"task": entry}
+    if not isinstance(entry, dict):
+        raise DataError(f"{where}: a task is a name or a mapping of settings; found {entry!r}.")
+    own = dict(entry)
+    budgets = _budgets(own.pop("budgets", None) or [], where)
+    rates = _rates(own.pop("learning_rates", None), where)
+    label = str(
+        own.pop("label", None)
+        or own.get("task")
+        or own.get("data")
+        or run.get("task")
+        or run.get("data")
+    )
+    return TaskEntry(label, own, budgets, rates)
+
+
+def _budgets(found: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(found, list):
+        raise DataError(f"{where}: 'budgets' must be a list; found {found!r}.")
+    for item in found:
+        Budget.parse(item if isinstance(item, int) else str(item))
+    return tuple(dict.fromkeys(str(item) for item in found))
+
+
+def _seeds(found: Any, key: str, where: str) -> tuple[int, ...]:
+    good = isinstance(found, list) and all(type(s) is int and 0 <= s < 2**32 for s in found)
+    if not good or len(set(found)) != len(found):
+        raise DataError(
+            f"{where}: '{key}' must be a list of different whole numbers of 0 or more; found "
+            f"{found!r}."
+        )
+    return tuple(found)
+
+
+def _rates(found: Any, where: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(rate) for rate in found or ())
+    except (TypeError, ValueError):
+        rates = (0.0,)
+    if not all(0 < rate < float("inf") for rate in rates) or len(set(rates)) != len(rates):
+        raise DataError(
+            f"{where}: 'learning_rates' must be a list of different positive numbers; found "
+            f"{found!r}."
+        )
+    return rates
 
 
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _file_name(label: str) -> str:
-    return "".join(c if c.isalnum() or c in "._=" else "-" for c in label)

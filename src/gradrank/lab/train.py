@@ -71,6 +71,7 @@ class TrainOutcome:
         ranks_over_time: ``[step, {target: rank}]`` where ranks moved while training.
         decisions: What was decided while training, as :class:`gradrank.RunRecord` keeps it.
         neurons: Neuron partitions and what they rest on, as the record keeps them.
+        items: What was predicted for each item of the evaluation split, as the record keeps it.
     """
 
     status: str = "finished"
@@ -89,6 +90,7 @@ class TrainOutcome:
     ranks_over_time: list[Any] = field(default_factory=list)
     decisions: list[dict[str, Any]] = field(default_factory=list)
     neurons: dict[str, Any] | None = None
+    items: dict[str, Any] | None = None
 
 
 def train(
@@ -100,6 +102,7 @@ def train(
     resume: bool = False,
     say: Callable[[str], None] | None = None,
     capacity: Capacity | None = None,
+    finish: Callable[[Any], None] | None = None,
 ) -> TrainOutcome:
     """Fine-tune the trainable parameters of a model.
 
@@ -116,6 +119,7 @@ def train(
         resume: Go on from the newest whole checkpoint, if there is one.
         say: Receives one line when something needs to be said.
         capacity: Moves LoRA capacity while training.
+        finish: Called with the trained model before its last evaluation.
 
     Returns:
         The outcome. Divergence, lack of memory, a full disk and an interruption are told in
@@ -127,6 +131,7 @@ def train(
     outcome = TrainOutcome(adapter_parameters=adapter, other_parameters=other)
     folder = Path(out) / "checkpoints"
     run = _Run(model, data, settings, folder, outcome, on_progress, capacity)
+    run.finish = finish
     checkpoint = run.find_checkpoint(tell) if resume else None
     device = next(model.parameters()).device
     memory = PeakMemory(device)
@@ -177,6 +182,7 @@ class _Run:
         capacity: Capacity | None,
     ) -> None:
         self.capacity = capacity
+        self.finish: Callable[[Any], None] | None = None
         self.model, self.data, self.settings = model, data, settings
         self.folder, self.outcome = folder, outcome
         self.device = next(model.parameters()).device
@@ -229,7 +235,10 @@ class _Run:
             self.outcome.status = "interrupted"
             return
         stopper.release()
-        self.outcome.metrics = self.steps.final_evaluation().metrics
+        if self.finish is not None:
+            self.finish(self.model)
+        found = self.steps.final_evaluation()
+        self.outcome.metrics, self.outcome.items = found.metrics, found.outcomes
 
     def evaluate(self) -> Evaluation:
         """Return an evaluation on the evaluation split, computed as training computes."""

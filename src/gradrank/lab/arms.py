@@ -1,0 +1,60 @@
+"""From a plan to what the Trainer needs: the callback that moves capacity, and the task head."""
+
+from typing import Any
+
+from torch import nn
+
+from gradrank.callback import CapacityCallback
+from gradrank.core.budget import Budget
+from gradrank.core.plan import Plan
+from gradrank.methods.registry import METHODS, create
+
+_HEAD_NAMES = ("score", "classifier", "classification_head")
+
+
+def moving(plan: Plan, steps: int, seed: int) -> CapacityCallback | None:
+    """Return what moves capacity while training, if the plan's method does.
+
+    Args:
+        plan: The plan, whose ranks are those of the start.
+        steps: Optimizer steps of the run.
+        seed: Seed of the run.
+
+    Returns:
+        The callback; None for a static method.
+    """
+    if plan.method not in METHODS or not hasattr(METHODS[plan.method], "course"):
+        return None
+    method = create(plan.method, plan.options)
+    targets = [planned.target for planned in plan.targets]
+    course = method.course(targets, plan.budget_parameters, steps)
+    course.schedule.check(f"method '{plan.method}'")
+    return CapacityCallback(method, Budget.parameters(plan.budget_parameters), seed=seed)
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules that are a model's task head.
+
+    Args:
+        model: A model for classes.
+    """
+    children = {name for name, _ in model.named_children()}
+    return tuple(name for name in _HEAD_NAMES if name in children)
+
+
+def head_options(model: nn.Module, head: str) -> dict[str, Any]:
+    """Return the PEFT options by which a task head is trained in full and saved.
+
+    Args:
+        model: The model.
+        head: ``lm``, ``instruct``, ``classification`` or ``image``.
+
+    Returns:
+        Keyword arguments of a PEFT configuration.
+    """
+    if head in {"lm", "instruct"}:
+        return {"task_type": "CAUSAL_LM"}
+    options: dict[str, Any] = {"modules_to_save": list(head_modules(model))}
+    if head == "classification":
+        options["task_type"] = "SEQ_CLS"
+    return options

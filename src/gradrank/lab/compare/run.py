@@ -1,0 +1,185 @@
+"""A whole grid: search the rates, run what is missing, in parallel, and say how far it is."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from gradrank.core.errors import DataError, OutputError
+from gradrank.core.files import write_text
+from gradrank.evidence.comparison import Comparison, compare
+from gradrank.lab.compare.grid import GridRun, final_runs, stability_runs, tuning_runs
+from gradrank.lab.compare.pool import Event, Pool
+from gradrank.lab.compare.store import Found, Store
+from gradrank.lab.compare.tuning import chosen_rates
+from gradrank.lab.compare.worker import failed, main
+from gradrank.lab.recipes import Recipe, read
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Grid:
+    """A comparison in its folder.
+
+    Attributes:
+        recipe: What is compared.
+        store: Where.
+        data_dir: Folder with public data, or None.
+        workers: Processes.
+        retry: Whether runs that failed are tried again.
+        say: Receives one line per finished run.
+        stopped: Set it to end after the runs that are being carried out.
+    """
+
+    recipe: Recipe
+    store: Store
+    data_dir: str | None = None
+    workers: int = 1
+    retry: bool = False
+    say: Say = lambda _line: None
+    stopped: bool = False
+    _pool: Pool | None = field(default=None, repr=False)
+
+    def work(self) -> None:
+        """Run what is missing: rates first, then the reported runs, then other calibrations."""
+        cores = os.cpu_count() or 1
+        threads = max(1, cores // self.workers)
+        devices = tuple(str(i) for i in range(torch.cuda.device_count()))
+        self._pool = Pool(
+            main,
+            self.workers,
+            (self.store.folder, threads, self.data_dir),
+            devices if self.workers > 1 else (),
+            threads,
+        )
+        killed = True
+        try:
+            for phase in (self.tuning, self.final, self.stability):
+                self._phase(phase())
+            killed = False
+        finally:
+            self._pool.close(kill=killed)
+            self._pool = None
+
+    def stop(self) -> None:
+        """Hand out no further run."""
+        self.stopped = True
+        if self._pool is not None:
+            self._pool.stopping = True
+
+    def tuning(self) -> list[GridRun]:
+        """Return the runs that choose learning rates."""
+        return tuning_runs(self.recipe)
+
+    def final(self) -> list[GridRun]:
+        """Return the reported runs, each with the rate that is chosen by now.
+
+        A cell whose rates are searched and of which none is known yet takes the recipe's rate, and
+        so has no finished run: its runs change their names with the rate.
+        """
+        tuning = self.tuning()
+        return final_runs(self.recipe, chosen_rates(tuning, self.store.read(tuning)))
+
+    def stability(self) -> list[GridRun]:
+        """Return the runs that only allocate."""
+        return stability_runs(self.recipe)
+
+    def all_runs(self) -> list[GridRun]:
+        """Return every run of the grid as it is known now."""
+        return [*self.tuning(), *self.final(), *self.stability()]
+
+    def comparison(self) -> tuple[Comparison, Found]:
+        """Return what the finished runs are evidence of."""
+        found = self.store.read(self.all_runs())
+        records = [found.records[key] for key in sorted(found.records)]
+        return compare(records, found.excluded, self.recipe.reference), found
+
+    def missing(self, runs: Sequence[GridRun]) -> list[GridRun]:
+        """Return the runs that have no record to stand on.
+
+        Args:
+            runs: Runs.
+
+        Returns:
+            Those without a record, and with ``retry`` those that failed.
+        """
+        found = self.store.read(runs)
+        kept = {"finished"} if self.retry else {"finished", "failed"}
+        records = found.records
+        return [r for r in runs if r.id not in records or records[r.id].status not in kept]
+
+    def _phase(self, runs: list[GridRun]) -> None:
+        missing = self.missing(runs)
+        if not missing or self.stopped or self._pool is None:
+            return
+        phase, started, done = missing[0].phase, time.monotonic(), 0
+        self.say(f"{phase}: {len(missing)} of {len(runs)} runs to do")
+        for event in self._events(missing):
+            run = GridRun.from_dict(event.job)
+            if event.kind == "died":
+                self.store.save(run, failed(run, self.recipe, str(event.detail)))
+            if event.kind in {"done", "died"}:
+                done += 1
+                left = (time.monotonic() - started) / done * (len(missing) - done)
+                self.say(f"{phase} {done}/{len(missing)}  {self._told(run)}  {_span(left)} left")
+
+    def _events(self, missing: list[GridRun]) -> Iterator[Event]:
+        assert self._pool is not None
+        yield from self._pool.run([run.to_dict() for run in missing])
+
+    def _told(self, run: GridRun) -> str:
+        record = self.store.read([run]).records.get(run.id)
+        name = f"{run.task} · {run.label} · {run.budget} · seed {run.seed}"
+        if record is None or record.comparison is None:
+            return f"{name}: no record"
+        if record.status != "finished":
+            return f"{name}: FAILED: {record.comparison.get('message')}"
+        metric = record.comparison.get("metric")
+        value = record.metrics.get(str(metric))
+        return name if value is None else f"{name} · lr {run.config.lr:g}: {metric} {value:.4f}"
+
+
+def open_grid(path: Path, out: Path, data_dir: str | None = None) -> Grid:
+    """Take up the grid of a recipe in a folder, new or begun.
+
+    Args:
+        path: The recipe.
+        out: The grid's folder; created if need be.
+        data_dir: Folder with public data.
+
+    Returns:
+        The grid; the folder holds a copy of the recipe, by which it goes on later.
+
+    Raises:
+        DataError: If the recipe is none.
+        OutputError: If the folder holds something else, or another recipe's grid.
+    """
+    recipe = read(path)
+    kept = out / "recipe.yaml"
+    if out.is_dir() and any(out.iterdir()) and not kept.is_file():
+        raise OutputError(f"'{out}' holds other files and no grid. Choose another --out.")
+    if kept.is_file() and kept.resolve() != path.resolve():
+        try:
+            before = read(kept).name
+        except DataError:
+            before = "an unreadable recipe"
+        if before != recipe.name:
+            raise OutputError(
+                f"'{out}' holds the grid of '{before}', not of '{recipe.name}'. Choose another "
+                "--out."
+            )
+    if not kept.is_file() or kept.resolve() != path.resolve():
+        text = path.read_text(encoding="utf-8")
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(kept, text)
+    return Grid(recipe, Store(out), data_dir)
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,75 @@
+"""What a worker process does: carry runs out, one after the other, and save their records."""
+
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from gradrank.lab.compare.bench import Bench
+from gradrank.lab.compare.carry import blank, carry_out
+from gradrank.lab.compare.grid import GridRun
+from gradrank.lab.compare.store import Store
+from gradrank.lab.recipes import Recipe, read
+from gradrank.record import RunRecord
+
+_EVERY = 0.5  # seconds between two lines of progress
+
+
+def main(pipe: Connection, folder: Path, threads: int, data_dir: str | None) -> None:
+    """Work until told to stop.
+
+    Args:
+        pipe: Runs come in as plain data; what happens goes out.
+        folder: The grid's folder, with its recipe.
+        threads: Threads of PyTorch.
+        data_dir: Folder with public data.
+    """
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    store = Store(folder)
+    recipe = read(folder / "recipe.yaml")
+    bench = Bench(store.cache, data_dir)
+    while (job := pipe.recv()) is not None:
+        _work(GridRun.from_dict(job), recipe, bench, store, pipe)
+        pipe.send(("done", None))
+
+
+def _work(run: GridRun, recipe: Recipe, bench: Bench, store: Store, pipe: Connection) -> None:
+    told = [time.monotonic()]
+
+    def progress(step: int, steps: int, loss: float, _left: float) -> None:
+        now = time.monotonic()
+        if now - told[0] >= _EVERY:
+            told[0] = now
+            pipe.send(("progress", (step, steps, loss)))
+
+    try:
+        record = carry_out(run, recipe, bench, progress)
+    except Exception as error:  # a defect costs one run of a grid, not the night
+        last: Any = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        record = failed(run, recipe, f"{type(error).__name__} at {where}: {error}")
+    if record.status == "interrupted":
+        return
+    store.save(run, record)
+
+
+def failed(run: GridRun, recipe: Recipe, message: str) -> RunRecord:
+    """Return the record of a run that did not come to an end of its own.
+
+    Args:
+        run: The run.
+        recipe: Its recipe.
+        message: Why.
+
+    Returns:
+        The record.
+    """
+    record = blank(run, recipe)
+    record.status = "failed"
+    record.comparison = {**(record.comparison or {}), "message": message}
+    return record
