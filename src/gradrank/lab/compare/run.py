@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from gradrank.core.errors import DataError, OutputError
 from gradrank.core.files import write_text
@@ -45,7 +46,22 @@ class Grid:
     _pool: Pool | None = field(default=None, repr=False)
 
     def work(self) -> None:
-        """Run what is missing: rates first, then the reported runs, then other calibrations."""
+        """Run what is missing: rates first, then the reported runs, then other calibrations.
+
+        Raises:
+            OutputError: If another process works on the same grid.
+        """
+        lock = FileLock(str(self.store.folder / ".lock"), timeout=0)
+        try:
+            with lock:
+                self._work()
+        except Timeout as error:
+            raise OutputError(
+                f"another process works on the grid in '{self.store.folder}'. Wait for it, or "
+                "choose another --out."
+            ) from error
+
+    def _work(self) -> None:
         cores = os.cpu_count() or 1
         threads = max(1, cores // self.workers)
         devices = tuple(str(i) for i in range(torch.cuda.device_count()))

@@ -19,6 +19,10 @@ from gradrank.record import RunRecord
 _EVERY = 0.5  # seconds between two lines of progress
 
 
+class ParentGoneError(BaseException):
+    """Nobody listens any more; no failure of the run, which leaves no record."""
+
+
 def main(pipe: Connection, folder: Path, threads: int, data_dir: str | None) -> None:
     """Work until told to stop.
 
@@ -33,9 +37,12 @@ def main(pipe: Connection, folder: Path, threads: int, data_dir: str | None) -> 
     store = Store(folder)
     recipe = read(folder / "recipe.yaml")
     bench = Bench(store.cache, data_dir)
-    while (job := pipe.recv()) is not None:
-        _work(GridRun.from_dict(job), recipe, bench, store, pipe)
-        pipe.send(("done", None))
+    try:
+        while (job := pipe.recv()) is not None:
+            _work(GridRun.from_dict(job), recipe, bench, store, pipe)
+            pipe.send(("done", None))
+    except (ParentGoneError, EOFError, BrokenPipeError):
+        return
 
 
 def _work(run: GridRun, recipe: Recipe, bench: Bench, store: Store, pipe: Connection) -> None:
@@ -45,7 +52,10 @@ def _work(run: GridRun, recipe: Recipe, bench: Bench, store: Store, pipe: Connec
         now = time.monotonic()
         if now - told[0] >= _EVERY:
             told[0] = now
-            pipe.send(("progress", (step, steps, loss)))
+            try:
+                pipe.send(("progress", (step, steps, loss)))
+            except OSError as error:
+                raise ParentGoneError from error
 
     try:
         record = carry_out(run, recipe, bench, progress)
