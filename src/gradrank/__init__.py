@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from gradrank.methods.adalora import AdaLora as AdaLora
     from gradrank.methods.course import DynamicMethod as DynamicMethod
     from gradrank.methods.depth import Depth as Depth
+    from gradrank.methods.elalora import ElaLora as ElaLora
     from gradrank.methods.gard import Gard as Gard
     from gradrank.methods.gard_dynamic import DynamicGard as DynamicGard
     from gradrank.methods.gradient_norm import GradientNorm as GradientNorm
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from gradrank.methods.random_scores import RandomScores as RandomScores
     from gradrank.methods.registry import METHODS as METHODS
     from gradrank.methods.reversed_order import Reversed as Reversed
+    from gradrank.methods.subset import Subset as Subset
     from gradrank.methods.uniform import Uniform as Uniform
     from gradrank.methods.waterfill import Waterfill as Waterfill
     from gradrank.prepare import prepare_trainer as prepare_trainer
@@ -90,6 +92,7 @@ _WHERE = {
     "gradrank.methods.adalora": ("AdaLora",),
     "gradrank.methods.course": ("DynamicMethod",),
     "gradrank.methods.depth": ("Depth",),
+    "gradrank.methods.elalora": ("ElaLora",),
     "gradrank.methods.gard": ("Gard",),
     "gradrank.methods.gard_dynamic": ("DynamicGard",),
     "gradrank.methods.gradient_norm": ("GradientNorm",),
@@ -102,6 +105,7 @@ _WHERE = {
     "gradrank.methods.random_scores": ("RandomScores",),
     "gradrank.methods.registry": ("METHODS",),
     "gradrank.methods.reversed_order": ("Reversed",),
+    "gradrank.methods.subset": ("Subset",),
     "gradrank.methods.uniform": ("Uniform",),
     "gradrank.methods.waterfill": ("Waterfill",),
     "gradrank.prepare": ("prepare_trainer",),

@@ -61,7 +61,7 @@ def check_ready(
             "budget) before the optimizer is made and the model is wrapped; with a Trainer, "
             "pass CapacityCallback to its constructor or call gradrank.prepare_trainer first."
         )
-    _check_form(sites, fixed, isinstance(course, DirectionCourse), method)
+    _check_form(sites, fixed, course, method)
     if isinstance(course, NeuronCourse):
         _check_neurons(sites, fixed, course, method, resuming)
     edits: dict[str, Edit] = {
@@ -89,7 +89,7 @@ def check_surplus(course: Course, method: str, used: int, budget: int, one: int)
     Raises:
         BudgetError: If the course takes away, and the budget holds already.
     """
-    if isinstance(course, DirectionCourse) and used <= budget:
+    if isinstance(course, DirectionCourse) and not course.elastic and used <= budget:
         raise BudgetError(
             f"method '{method}' takes directions away until a budget of {budget:,} parameters "
             f"holds, and the adapter has {used:,} to begin with (rank {used / one:g} on average). "
@@ -112,9 +112,11 @@ def first_rank(site: LoraSite, ceiling: int) -> int:
 
 
 def _check_form(
-    sites: Mapping[str, LoraSite], fixed: str | None, prunes: bool, method: str
+    sites: Mapping[str, LoraSite], fixed: str | None, course: Course, method: str
 ) -> None:
     """Refuse layers that are not in the form that the course works on."""
+    prunes = isinstance(course, DirectionCourse)
+    elastic = isinstance(course, DirectionCourse) and course.elastic
     wrong = [name for name, site in sites.items() if (site.form == "svd") != prunes]
     if wrong and prunes:
         raise SurgeryError(
@@ -127,6 +129,11 @@ def _check_form(
         raise SurgeryError(
             f"method '{method}' works on plain LoRA factors, and {len(wrong)} layers "
             f"('{wrong[0]}', ...) are in SVD form. Call gradrank.settle(model) first."
+        )
+    if elastic and fixed:
+        raise SurgeryError(
+            f"method '{method}' adds directions to layers of any size, and this run keeps shapes "
+            f"fixed ({fixed}). Train in one process, or use 'adalora' or 'gard-dynamic'."
         )
     if prunes and fixed in {"FSDP", "DeepSpeed"}:
         raise SurgeryError(

@@ -28,6 +28,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         name: pruning_cases.COMMON | more | {"initial_rank": 2 * RANK}
         for name, more in pruning_cases.OPTIONS.items()
     },
+    "elalora": {"moves": 3, "interval": 2, "warmup": 2, "final": 3},
     "pilora": {"rank": RANK, "supplementary_rank": 1, "interval": 2, "initial_steps": 6},
 }
 
@@ -46,7 +47,8 @@ def course(method: Any) -> Any:
 
 
 def prunes(method: Any) -> bool:
-    return isinstance(course(method), DirectionCourse)
+    found = course(method)
+    return isinstance(found, DirectionCourse) and not found.elastic
 
 
 def costs(model: Any) -> dict[str, int]:

@@ -213,7 +213,7 @@ def test_rank_bounds_are_kept(name: str, bounds: tuple[int, int]) -> None:
         assert set(planned(name, "uniform:3", rank=high).ranks.values()) <= set(range(1, high + 1))
         return
     if not {"r_min", "r_max"} <= options:
-        assert name in {"uniform", "reversed", "permuted"}
+        assert name in {"uniform", "subset", "reversed", "permuted"}
         return
     if low == 0 and isinstance(build(gr.METHODS[name], {}), DynamicMethod):
         # A target without an adapter has nowhere to grow from.

@@ -82,6 +82,30 @@ def test_picture_folder(tmp_path):
         read_examples(DataSpec(str(tmp_path), head="lm"))
 
 
+def test_prompts_of_ones_own(tmp_path):
+    rows = [{"Prompt": f"ask {i}", "Response": f"say {i}"} for i in range(10)]
+    examples = read_examples(DataSpec(lines(tmp_path / "a.jsonl", rows), head="instruct"))
+    assert (examples.metric, examples.train.labels, examples.label_names) == ("eval_loss", None, ())
+    both = [*examples.train.inputs, *examples.eval.inputs]
+    assert {(p.prompt, p.completion) for p in both} == {(f"ask {i}", f"say {i}") for i in range(10)}
+    named = DataSpec(
+        lines(tmp_path / "b.jsonl", [{"x": "a", "y": "b"}] * 3),
+        head="instruct",
+        text_column="x",
+        label_column="y",
+    )
+    assert read_examples(named).eval.inputs[0].completion == "b"
+    with pytest.raises(DataError, match=r"looks like the prompt.*Name it with --text-column"):
+        read_examples(DataSpec(named.source, head="instruct"))
+    with pytest.raises(DataError, match=r"like the completion.*Name it with --label-column"):
+        read_examples(DataSpec(named.source, head="instruct", text_column="x"))
+    bad = lines(
+        tmp_path / "c.jsonl", [{"prompt": "a", "output": "b"}, {"prompt": "a", "output": 5}]
+    )
+    with pytest.raises(DataError, match="row 2 has no text in column 'output'"):
+        read_examples(DataSpec(bad, head="instruct"))
+
+
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
@@ -94,7 +118,7 @@ def test_picture_folder(tmp_path):
         (DataSpec("tiny-lm", eval_file="x.txt"), "brings its own columns"),
         (DataSpec("tiny-lm", eval_fraction=1.0), "in \\(0, 1\\)"),
         (DataSpec("x.jsonl"), "needs a head"),
-        (DataSpec("x.jsonl", head="ml"), "Known: classification, image, lm"),
+        (DataSpec("x.jsonl", head="ml"), "Known: classification, image, instruct, lm"),
     ],
 )
 def test_bad_request_is_explained(spec, told):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gradrank.core.errors import DataError, OptionError
+from gradrank.lab.benchmarks.prompts import Prompt
 from gradrank.lab.data import DataSpec, Examples, Split, read_examples
 from gradrank.lab.encode import TextCollator, load_task_data, pack
 from gradrank.lab.models import resolve_model
@@ -141,3 +142,55 @@ def test_picture_cut_off_in_its_data_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:900])
     with pytest.raises(DataError, match=r"cut\.jpg' cannot be read"):
         open_picture(path)
+
+
+def pairs(*inputs: tuple[str, str]) -> Examples:
+    split = Split(list(inputs), [index % 2 for index in range(len(inputs))])
+    return Examples("classification", split, split, ("a", "b"), "accuracy")
+
+
+def test_pairs_are_told_apart():
+    loaded = resolve_model("tiny-bert", "classification", 2, device="cpu")
+    data = load_task_data(pairs(("ab", "cde"), ("f", "")), loaded)
+    one, two = data.train[0], data.train[1]
+    single = loaded.tokenizer(["ab", "cde"], add_special_tokens=False)["input_ids"]
+    assert one["input_ids"] == [2, *single[0], 3, *single[1], 3]
+    assert one["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1, 1]
+    batch = data.collate([one, two])
+    assert batch["token_type_ids"].tolist() == [[0] * 4 + [1] * 4, [0] * 3 + [1] + [0] * 4]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [8, 4]
+    assert batch["input_ids"][1, 4:].tolist() == [loaded.tokenizer.pad_token_id] * 4
+    loaded.model.eval()
+    told = loaded.model(**batch).logits
+    batch["token_type_ids"].zero_()
+    assert not torch.equal(told, loaded.model(**batch).logits)
+
+
+def test_the_longer_text_of_a_pair_is_cut():
+    loaded = resolve_model("tiny-bert", "classification", 2, device="cpu")
+    data = load_task_data(pairs(("ab", "c" * 50), ("d" * 50, "e")), loaded, 12)
+    assert {len(data.train[index]["input_ids"]) for index in range(2)} == {12}
+    assert data.train[0]["input_ids"].count(3) == data.train[1]["input_ids"].count(3) == 2
+    assert sum(data.train[1]["token_type_ids"]) == 2
+
+
+def test_single_texts_bring_no_types(prepare):
+    _, data = prepare("tiny-bert", "tiny-sentiment")
+    assert set(data.collate([data.train[0]])) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_prompts_are_learnt_behind_their_prompt():
+    prompts = [Prompt("ab", "cd", "d"), Prompt("efgh", "i", "i")]
+    split = Split(prompts, None)
+    loaded = resolve_model("tiny-llama", "instruct", device="cpu")
+    assert loaded.head == "lm"
+    data = load_task_data(Examples("instruct", split, split, (), "eval_loss"), loaded, 20)
+    batch = data.collate([data.train[0], data.train[1]])
+    ids = [loaded.tokenizer(text)["input_ids"] for text in ("cd", "i")]
+    end = loaded.tokenizer.eos_token_id
+    assert [[t for t in row if t != -100] for row in batch["labels"].tolist()] == [
+        [*row, end] for row in ids
+    ]
+    assert (data.kind, data.num_labels, data.answering) == ("instruct", None, None)
+    assert data.describe["max_length"] == 20
+    assert data.describe["train_examples"] == 2

@@ -24,7 +24,7 @@ class Decision:
         details: Columns for the record, per target and by name (``effective_rank``,
             ``smoothed``, ``energy``, ``importance``).
         facts: Single numbers for the record, by name (``gap``).
-        keep: For methods that choose directions: which ones stay, per target.
+        keep: For methods that choose directions: which of those present stay, per target.
         partitions: For methods that choose neurons: how each target's rows are split.
     """
 
@@ -86,7 +86,7 @@ class SpectrumCourse(Course, Protocol):
 
 @runtime_checkable
 class DirectionCourse(Course, Protocol):
-    """A course that starts with too many directions in SVD form and takes some away.
+    """A course of directions in SVD form: some are taken away, and an elastic one adds others.
 
     Attributes:
         sensitivity: Which gradients of the adapter's elements it goes by.
@@ -94,6 +94,8 @@ class DirectionCourse(Course, Protocol):
         whole_penalty: Whether the penalty holds the lengths of the directions to 1 too.
         restarts: Whether what is left begins afresh after the last decision.
         init: What P, λ and Q begin with: ``svd`` or ``keep``.
+        elastic: Whether it begins within the budget and gives directions too: what a decision's
+            rank has above the directions that stay is new. A target that loses some gets none.
     """
 
     @property
@@ -106,6 +108,8 @@ class DirectionCourse(Course, Protocol):
     def restarts(self) -> bool: ...  # noqa: D102
     @property
     def init(self) -> str: ...  # noqa: D102
+    @property
+    def elastic(self) -> bool: ...  # noqa: D102
 
     def take(self, observation: Observation) -> None:
         """Take in one look at the gradients."""

@@ -111,6 +111,15 @@ class ElementImportance:
                 else:
                     del store[name, factor]
 
+    def widen(self, more: Mapping[str, int]) -> None:
+        """Begin to remember new directions, behind those that are known, with nothing."""
+        for store in (self._sums, self._mean, self._deviation):
+            for name, factor in [key for key in store if more.get(key[0])]:
+                tensor, axis = store[name, factor], RANK_AXIS[factor]
+                shape = [*tensor.shape]
+                shape[axis] = more[name]
+                store[name, factor] = torch.cat([tensor, tensor.new_zeros(shape)], axis)
+
     def facts(self) -> dict[str, float]:
         """Return the scoring passes so far."""
         return {"passes": float(self._passes)}

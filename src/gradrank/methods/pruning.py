@@ -201,6 +201,7 @@ class PruningCourse:
         # A direction that begins as LoRA's do is not of unit length, and is not pulled there.
         self.orthogonality, self.whole_penalty = options.orthogonality, options.init == "svd"
         self.init = options.init
+        self.elastic = False
         self.restarts = options.after == "restart"
 
     def allowed(self, step: int, start: int) -> int:

@@ -8,12 +8,14 @@ from gradrank.core.errors import OptionError, nearest
 
 _PATHS = {
     "uniform": "gradrank.methods.uniform:Uniform",
+    "subset": "gradrank.methods.subset:Subset",
     "gard": "gradrank.methods.gard:Gard",
     "gard-dynamic": "gradrank.methods.gard_dynamic:DynamicGard",
     "waterfill": "gradrank.methods.waterfill:Waterfill",
     "igu": "gradrank.methods.igu:Igu",
     "igu-direction": "gradrank.methods.igu_direction:IguDirection",
     "adalora": "gradrank.methods.adalora:AdaLora",
+    "elalora": "gradrank.methods.elalora:ElaLora",
     "hybrid": "gradrank.methods.hybrid:Hybrid",
     "pilora": "gradrank.methods.pilora:PiLora",
     "gradient-norm": "gradrank.methods.gradient_norm:GradientNorm",

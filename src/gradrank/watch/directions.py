@@ -1,4 +1,4 @@
-"""Gradients of the adapter's own elements; directions in SVD form are taken away by them."""
+"""Gradients of the adapter's own elements; directions in SVD form go and come by them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradrank.adapters.edits import Drop, Edit, Select
+from gradrank.adapters.edits import Drop, Edit, Grow, Select
 from gradrank.adapters.optimizers import hookable_optimizer
 from gradrank.adapters.view import lora_sites
 from gradrank.methods.course import Decision, DirectionCourse
@@ -21,7 +21,7 @@ from gradrank.signals.sensitivity import Observation, in_use
 
 
 class DirectionWatch:
-    """Looks at the gradients of the adapter's own elements; directions are taken away.
+    """Looks at the gradients of the adapter's own elements; directions go, and may come.
 
     It acts inside the optimizer's step, where the gradients are complete and the weights are still
     those they belong to; a step that a gradient scaler skips is skipped here too.
@@ -122,7 +122,7 @@ class DirectionWatch:
         self._scorer.pause()
 
     def decide(self, ranks: Mapping[str, int], allowed: int) -> tuple[Decision, dict[str, Edit]]:
-        """Return which directions stay, and edits that take the others away."""
+        """Return which directions stay, and edits that take the others away or add new ones."""
         branches = {branch.name: branch for branch in self._branches()}
         lam = {
             name: in_use(branch, "lam", branch.learned["lam"])
@@ -142,7 +142,9 @@ class DirectionWatch:
             for name, kept in chosen.items()
             if name in sites and len(kept) < ranks[name]
         }
-        counts = {name: len(kept) for name, kept in chosen.items()}
+        wanted = of_first_process([decision.ranks[name] for name in ranks])
+        counts = dict(zip(ranks, wanted, strict=True))
+        edits |= {n: Grow(count) for n, count in counts.items() if count > ranks[n]}
         return Decision(counts, decision.details, decision.facts, chosen), edits
 
     def decided(self, decision: Decision) -> None:

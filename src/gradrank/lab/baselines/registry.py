@@ -30,6 +30,9 @@ def is_baseline(name: str) -> bool:
 
     Args:
         name: The name.
+
+    Returns:
+        Whether it is.
     """
     return name in PATHS
 

@@ -1,0 +1,187 @@
+"""One run of a grid: its record, its pairing with others, and what runs share."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from gradrank.lab.compare.bench import Bench, warm_head
+from gradrank.lab.compare.carry import carry_out
+from gradrank.lab.compare.grid import GridRun, final_runs, stability_runs, tuning_runs
+from gradrank.lab.recipes import Recipe, read
+from gradrank.record import RunRecord
+
+RUN = {
+    "model": "tiny-llama",
+    "task": "tiny-lm",
+    "steps": 3,
+    "batch_size": 4,
+    "batches": 4,
+    "max_length": 16,
+    "validation": 30,
+    "eval_examples": 20,
+    "lr": 1e-3,
+}
+
+
+def recipe_of(folder: Path, **changes: object) -> Recipe:
+    data = {
+        "schema": "gradrank.recipe/1",
+        "name": "one",
+        "about": "a question",
+        "source": "a paper",
+        "run": RUN,
+        "budgets": ["uniform:2"],
+        "seeds": [0],
+        "methods": ["uniform", "gard", "waterfill", "random"],
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return read(path)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path / "cache")
+
+
+def carried(run: GridRun, recipe: Recipe, bench: Bench) -> RunRecord:
+    record = carry_out(run, recipe, bench)
+    # What is written is what others read.
+    return RunRecord.from_dict(record.to_dict())
+
+
+def test_a_record_says_what_the_run_was_and_what_it_predicted(tmp_path: Path, bench: Bench) -> None:
+    recipe = recipe_of(tmp_path)
+    for run in final_runs(recipe, {}):
+        record = carried(run, recipe, bench)
+        about = record.comparison
+        assert record.status == "finished"
+        assert about is not None
+        assert about["run"] == run.id
+        assert about["metric"] == "eval_loss"
+        assert record.items is not None
+        nll, count = record.items["nll"], record.items["count"]
+        assert sum(nll) / sum(count) == pytest.approx(record.metrics["eval_loss"], rel=1e-5)
+        used = record.trainable_parameters
+        assert 0 < used["final"] <= used["peak"] <= about["budget_parameters"]
+        assert (record.cost["measure_seconds"] > 0) == (run.label in {"gard", "waterfill"})
+        assert record.ranks_over_time[-1][1]
+
+
+def test_one_pass_measures_for_every_method_of_a_seed(tmp_path: Path, bench: Bench) -> None:
+    recipe = recipe_of(tmp_path, budgets=["uniform:1", "uniform:2"], seeds=[0, 1])
+    for run in final_runs(recipe, {}):
+        if run.label in {"gard", "waterfill"}:
+            carried(run, recipe, bench)
+    assert len(list(bench.cache.glob("*.safetensors"))) == 2  # one per seed
+
+
+def test_a_shared_measurement_gives_the_plan_of_an_own_one(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, methods=["uniform", "gard"])
+    gard = next(run for run in final_runs(recipe, {}) if run.label == "gard")
+    alone = carried(gard, recipe, Bench(tmp_path / "a"))
+    shared = Bench(tmp_path / "b")
+    other = recipe_of(tmp_path, methods=["uniform", "waterfill"])
+    carried(final_runs(other, {})[1], other, shared)
+    again = carried(gard, recipe, shared)
+    assert again.ranks_over_time == alone.ranks_over_time
+    assert again.metrics == alone.metrics
+
+
+def test_runs_of_a_seed_are_paired_and_repeatable(tmp_path: Path, bench: Bench) -> None:
+    recipe = recipe_of(tmp_path, seeds=[0, 1], methods=["uniform", "random"])
+    runs = final_runs(recipe, {})
+    first = carried(runs[0], recipe, bench)
+    again = carried(runs[0], recipe, Bench(tmp_path / "other"))
+    assert again.losses == first.losses
+    assert again.items == first.items
+    # B is zero at the start: two arms of one seed see the same first batch and the same loss.
+    random = carried(runs[1], recipe, bench)
+    assert random.losses["train"][0][1] == pytest.approx(first.losses["train"][0][1], rel=1e-6)
+    other = carried(runs[2], recipe, bench)
+    assert other.losses["train"][0][1] != first.losses["train"][0][1]
+
+
+def test_rates_are_chosen_on_examples_that_are_not_reported(tmp_path: Path, bench: Bench) -> None:
+    recipe = recipe_of(tmp_path, learning_rates=[1e-3, 1e-2], methods=["uniform"])
+    fresh = {
+        split: bench.load(recipe.config(recipe.tasks[0], recipe.variants[0]), split, 0)
+        for split in ("validation", "test")
+    }
+
+    def blocks(data: object) -> set[tuple[int, ...]]:
+        return {tuple(data[i]["input_ids"].tolist()) for i in range(len(data))}  # pyright: ignore
+
+    assert blocks(fresh["validation"].data.train) == blocks(fresh["test"].data.train)
+    tuned = carried(tuning_runs(recipe)[0], recipe, bench)
+    final = carried(final_runs(recipe, {})[0], recipe, bench)
+    assert tuned.items is not None
+    assert final.items is not None
+    assert tuned.items["nll"] != final.items["nll"]
+
+
+def test_an_arm_that_cannot_be_is_a_failed_record(tmp_path: Path, bench: Bench) -> None:
+    recipe = recipe_of(tmp_path, budgets=[600], methods=["uniform", "bitfit"])
+    for run in final_runs(recipe, {}):
+        record = carried(run, recipe, bench)
+        assert record.status == "failed"
+        assert record.comparison is not None
+        assert record.comparison["message"]
+        assert record.metrics == {}
+
+
+def test_other_calibrations_only_allocate(tmp_path: Path, bench: Bench) -> None:
+    recipe = recipe_of(tmp_path, calibration_seeds=[5, 6], methods=["uniform", "waterfill"])
+    records = [carried(run, recipe, bench) for run in stability_runs(recipe)]
+    assert [record.kind for record in records] == ["plan", "plan"]
+    assert [record.seeds["calibration"] for record in records] == [5, 6]
+    assert not any(record.metrics for record in records)
+
+
+def test_a_moving_method_reports_its_peak_and_its_end(tmp_path: Path, bench: Bench) -> None:
+    option = {"initial_rank": 4, "warmup": 1, "final": 1, "interval": 1, "score_every": 1}
+    recipe = recipe_of(
+        tmp_path,
+        run={**RUN, "steps": 6},
+        methods=["uniform", {"method": "igu", "option": option}],
+    )
+    record = carried(final_runs(recipe, {})[1], recipe, bench)
+    used, about = record.trainable_parameters, record.comparison
+    assert record.status == "finished"
+    assert about is not None
+    assert used["final"] <= about["budget_parameters"] < used["peak"]
+    assert len(record.ranks_over_time) == 2
+
+
+def test_a_head_warms_up_for_the_measurement_only(tmp_path: Path, bench: Bench) -> None:
+    run = {**RUN, "model": "tiny-bert", "task": "tiny-sentiment", "head_steps": 5, "lr": 1e-2}
+    recipe = recipe_of(tmp_path, run=run, methods=["uniform", "gradient-norm"])
+    config = recipe.config(recipe.tasks[0], recipe.variants[0])
+    fresh = bench.load(config, "test", 0)
+    before = {k: v.clone() for k, v in fresh.loaded.model.state_dict().items()}
+    gradients = {n: p.requires_grad for n, p in fresh.loaded.model.named_parameters()}
+    warmed = bench.measurement(fresh, config, recipe_signals(recipe), 0)
+    after = fresh.loaded.model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert gradients == {n: p.requires_grad for n, p in fresh.loaded.model.named_parameters()}
+    cold = bench.measurement(fresh, replace(config, head_steps=0), recipe_signals(recipe), 0)
+    assert cold.spectrum is not None
+    assert warmed.spectrum is not None
+    name = cold.targets[0].name
+    assert not torch.allclose(cold.spectrum.gram[name], warmed.spectrum.gram[name], rtol=1e-2)
+    warm_head(fresh, config, ("classifier",), 0)
+    changed = {
+        k for k, v in fresh.loaded.model.state_dict().items() if not torch.equal(before[k], v)
+    }
+    assert changed
+    assert all(key.startswith("classifier") for key in changed)
+
+
+def recipe_signals(recipe: Recipe) -> tuple[object, ...]:
+    from gradrank.methods.registry import create
+
+    return create(recipe.variants[1].method, {}).signals()
