@@ -69,7 +69,11 @@ def run(asked: Asked, console: Console) -> None:
         if not finished:
             raise DataError(
                 f"'{out}' has no finished run of '{grid.recipe.name}' to report"
-                + (f"; {len(found.records)} failed, see {grid.store.runs}." if found.records else ".")
+                + (
+                    f"; {len(found.records)} failed, see {grid.store.runs}."
+                    if found.records
+                    else "."
+                )
             )
         files = write_comparison(
             comparison,

@@ -16,8 +16,8 @@ from gradrank.cli.tables import plan_lines, table
 from gradrank.cli.training import carry_out, train_settings, write_start
 from gradrank.core.files import new_folder
 from gradrank.core.plan import Plan
-from gradrank.lab.measured import narrow
 from gradrank.lab.evaluate import evaluate
+from gradrank.lab.measured import narrow
 from gradrank.lab.settings import autocast_dtype
 from gradrank.methods.registry import create
 from gradrank.record import RunRecord

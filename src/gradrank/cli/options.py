@@ -10,7 +10,7 @@ from gradrank.cli import runfile
 from gradrank.cli.training_flags import TRAINING_FLAGS
 from gradrank.cli.verb import Flag, flag, switch
 
-HEADS = ("lm", "classification", "image")
+HEADS = ("lm", "classification", "image", "instruct")
 Decorator = Callable[[Any], Any]
 
 _COUNT = click.IntRange(min=1)
@@ -43,8 +43,18 @@ _FLAGS: dict[str, Callable[[], Flag]] = {
         metavar="FILE",
         help="Evaluation split; default: every tenth example of --data is held out, at random.",
     ),
-    "text_column": flag(_D, "--text-column", metavar="NAME", help="Column with the text."),
-    "label_column": flag(_D, "--label-column", metavar="NAME", help="Column with the class."),
+    "data_dir": flag(
+        _D,
+        "--data-dir",
+        metavar="DIR",
+        help="Folder with public data sets, for --task; the variable GRADRANK_DATA names one too.",
+    ),
+    "text_column": flag(
+        _D, "--text-column", metavar="NAME", help="Column with the text, or the prompt."
+    ),
+    "label_column": flag(
+        _D, "--label-column", metavar="NAME", help="Column with the class, or the completion."
+    ),
     "image_column": flag(
         _D, "--image-column", metavar="NAME", help="Column with the path of a picture."
     ),
@@ -170,8 +180,8 @@ _FLAGS: dict[str, Callable[[], Flag]] = {
 }
 
 DATA = (
-    "model", "task", "data", "eval_data", "text_column", "label_column", "image_column", "head",
-    "max_length", "trust_remote_code",
+    "model", "task", "data", "eval_data", "data_dir", "text_column", "label_column", "image_column",
+    "head", "max_length", "trust_remote_code",
 )  # fmt: skip
 METHOD = ("method", "option", "budget", "targets")
 MEASURING = ("batches", "batch_size", "accumulate", "calibration_seed")

@@ -82,6 +82,8 @@ def prepare(settings: Settings, console: Console) -> Prepared:
         f"data:  {about['name']}, {about['train_examples']:,} training and "
         f"{about['eval_examples']:,} evaluation examples{length}"
     )
+    if "note" in about:
+        console.say(f"       {about['note']}")
     return Prepared(loaded, data)
 
 
@@ -106,6 +108,7 @@ def read(settings: Settings, console: Console) -> Examples:
             image_column=settings.image_column,
             eval_file=settings.eval_data,
             seed=settings.seed,
+            data_dir=settings.data_dir,
         ),
         console.say,
     )

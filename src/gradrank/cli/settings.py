@@ -32,6 +32,7 @@ class Settings:
     task: str | None = None
     data: str | None = None
     eval_data: str | None = None
+    data_dir: str | None = None
     text_column: str | None = None
     label_column: str | None = None
     image_column: str | None = None
@@ -252,7 +253,9 @@ def check(settings: Settings) -> None:
         both = "both were given" if settings.task else "neither was given"
         raise OptionError(f"give the data with either --task or --data; {both}.")
     if settings.data and not settings.head:
-        raise OptionError("--data needs --head lm, classification or image, which is missing.")
+        raise OptionError(
+            "--data needs --head lm, classification, image or instruct, which is missing."
+        )
     for flag, name in (("--data", settings.data), ("--eval-data", settings.eval_data)):
         if name is not None:
             _check_file(flag, name)

@@ -14,7 +14,7 @@ gradrank tasks --json"""
 @click.command(cls=Verb, examples=EXAMPLES)
 @flags(*COMMON)
 def command(as_json: bool, quiet: bool) -> None:
-    """List the registered tasks with head, metric, source and licence."""
+    """List the registered tasks with head and metric, and with --json source and licence."""
     console = Console(as_json, quiet)
     with console.working():
         from gradrank.cli.tables import table
@@ -31,8 +31,11 @@ def command(as_json: bool, quiet: bool) -> None:
             }
             for task in TASKS.values()
         ]
-    heads = ("name", "head", "metric", "description", "source")
+    heads = ("name", "head", "metric", "description")
     cells = [[row[head] for head in heads] for row in rows]
-    console.show(table("", ("task", *heads[1:]), cells, left=5))
-    console.show("use: --task NAME; for your own data: --data FILE --head lm|classification|image")
+    console.show(table("", ("task", *heads[1:]), cells, left=4))
+    console.show(
+        "use: --task NAME (with --data-dir DIR for public data in a folder); for your own data: "
+        "--data FILE --head lm|classification|image|instruct; --json tells sources and licences"
+    )
     console.result({"tasks": rows})

@@ -4,26 +4,21 @@ Encoding for a model is the next step, :mod:`gradrank.lab.encode`; the labels mu
 the model can be loaded with a head of the right size.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gradrank.core.errors import DataError, OptionError, nearest
+from gradrank.lab.benchmarks.prompts import SCORINGS, Prompt
+from gradrank.lab.benchmarks.task import Loaded, Say, Task, Where
+from gradrank.lab.columns import GUESSES, HEAD_COLUMNS, pick_columns
 from gradrank.lab.hub import read_public
 from gradrank.lab.labels import index_labels
 from gradrank.lab.readers import READERS, Row, data_suffix, read_image_folder, read_rows
-from gradrank.lab.tasks import TASKS, Task, find_task
+from gradrank.lab.splits import Choice, Split, choose, hold_out
+from gradrank.lab.tasks import TASKS, find_task
 
-Say = Callable[[str], None] | None
-
-GUESSES = {
-    "text": ("text", "sentence", "content", "document"),
-    "label": ("label", "labels", "class", "target"),
-    "image": ("image", "img", "file", "path", "image_path"),
-}
+_CLASSIFIED = ("classification", "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +34,16 @@ class DataSpec:
         image_column: Column with the path of a picture, relative to the file; None as above.
         eval_file: File or folder with the evaluation split; None holds a part out.
         eval_fraction: Share of the examples that is held out when ``eval_file`` is None.
-        seed: Seed of that choice.
+        seed: Seed of this and all other choices of examples.
+        split: What :attr:`Examples.eval` is: ``test``, the split that is reported, or
+            ``validation``, a part of the training data.
+        validation: Examples held out of the training data for that, whichever split is asked for.
+        train_examples: At most so many examples are trained on; None: all.
+        eval_examples: At most so many examples are evaluated; None: all. Examples of language
+            modelling are documents.
+        data_dir: Folder with public data, for registered tasks; ``GRADRANK_DATA`` is searched too.
+        scoring: How answers of instruction tasks are found: ``generate`` writes and reads them,
+            ``likelihood`` takes the most probable of the allowed ones.
     """
 
     source: str
@@ -50,19 +54,19 @@ class DataSpec:
     eval_file: str | None = None
     eval_fraction: float = 0.1
     seed: int = 0
+    split: str = "test"
+    validation: int = 0
+    train_examples: int | None = None
+    eval_examples: int | None = None
+    data_dir: str | None = None
+    scoring: str = "generate"
 
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Examples of one split.
-
-    Attributes:
-        inputs: Texts, or pictures (paths, PIL images, or arrays ``[height, width, 3]``).
-        labels: Class index of each input; None for ``lm``.
-    """
-
-    inputs: Sequence[Any]
-    labels: Sequence[int] | None
+    @property
+    def choice(self) -> Choice:
+        """Which examples are used."""
+        return Choice(
+            self.split, self.validation, self.train_examples, self.eval_examples, self.seed
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +74,15 @@ class Examples:
     """Checked examples of both splits.
 
     Attributes:
-        head: ``lm``, ``classification`` or ``image``.
+        head: ``lm``, ``classification``, ``image`` or ``instruct``.
         train: Training split.
         eval: Evaluation split.
-        label_names: Names of the classes by index; empty for ``lm``.
+        label_names: Names of the classes by index; empty for ``lm`` and ``instruct``.
         metric: The metric that counts.
-        describe: ``name``, ``source`` and ``licence`` in words.
+        describe: ``name``, ``source``, ``licence`` and ``split`` in words, and a ``note`` if there
+            is something to know.
+        task: The registered task, which knows how answers are read; None for other data.
+        scoring: How answers are found: ``generate`` or ``likelihood``.
     """
 
     head: str
@@ -84,6 +91,8 @@ class Examples:
     label_names: tuple[str, ...]
     metric: str
     describe: dict[str, Any] = field(default_factory=dict)
+    task: Task | None = None
+    scoring: str = "generate"
 
 
 def read_examples(spec: DataSpec, say: Say = None) -> Examples:
@@ -102,10 +111,12 @@ def read_examples(spec: DataSpec, say: Say = None) -> Examples:
     """
     if not 0.0 < spec.eval_fraction < 1.0:
         raise OptionError(f"eval_fraction is {spec.eval_fraction}; choose a share in (0, 1).")
+    spec.choice.check()
+    if spec.scoring not in SCORINGS:
+        raise OptionError(f"unknown scoring '{spec.scoring}'. {nearest(spec.scoring, SCORINGS)}")
     task = _task(spec)
     if task is not None:
-        (inputs, labels), held = task.load(say), None
-        head, metric = task.head, task.metric
+        loaded, head, metric = task.load(Where(spec.data_dir, say)), task.head, task.metric
         about = {"name": task.name, "source": task.source, "licence": task.licence}
     else:
         local = _is_local(spec.source)
@@ -113,15 +124,18 @@ def read_examples(spec: DataSpec, say: Say = None) -> Examples:
         if head not in HEAD_COLUMNS:
             known = nearest(head, HEAD_COLUMNS)
             raise OptionError(f"data '{spec.source}' needs a head (--head), got '{head}'. {known}")
-        metric = "eval_loss" if head == "lm" else "accuracy"
+        metric = "accuracy" if head in _CLASSIFIED else "eval_loss"
         rows, held_rows, about = _rows(spec, head, local)
-        (inputs, labels) = _columns(rows, spec, head, spec.source)
-        held = None if held_rows is None else _columns(held_rows, spec, head, "evaluation data")
-    return _split(inputs, labels, held, head, metric, spec, about)
-
-
-# The columns that each head reads, and the option that names each.
-HEAD_COLUMNS = {"lm": ("text",), "classification": ("text", "label"), "image": ("image", "label")}
+        given = {"text": spec.text_column, "label": spec.label_column, "image": spec.image_column}
+        held = (
+            None if held_rows is None else pick_columns(held_rows, head, given, "evaluation data")
+        )
+        loaded = Loaded(pick_columns(rows, head, given, spec.source), held)
+    about["split"] = spec.split
+    if loaded.notes:
+        about["note"] = " ".join(loaded.notes)
+    train, evaluation, names = _split(loaded, head, spec, task)
+    return Examples(head, train, evaluation, names, metric, about, task, spec.scoring)
 
 
 def _task(spec: DataSpec) -> Task | None:
@@ -179,59 +193,25 @@ def _local(path: Path, head: str, image_column: str | None) -> list[Row]:
     return rows
 
 
-def _columns(
-    rows: list[Row], spec: DataSpec, head: str, where: str
-) -> tuple[list[Any], list[Any] | None]:
-    """Pick the input and label columns of rows."""
-    if not rows:
-        raise DataError(f"data '{where}' is empty: it holds no rows.")
-    given = {"text": spec.text_column, "label": spec.label_column, "image": spec.image_column}
-    names = [_column(rows[0], kind, given[kind], where) for kind in HEAD_COLUMNS[head]]
-    inputs = [row.get(names[0]) for row in rows]
-    labels = [row.get(names[1]) for row in rows] if len(names) > 1 else None
-    return inputs, labels
-
-
-def _column(row: Row, kind: str, given: str | None, where: str) -> str:
-    if given is not None:
-        if given not in row:
-            raise DataError(f"data '{where}' has no column '{given}'. {nearest(given, row)}")
-        return given
-    lowered = {name.lower(): name for name in row}
-    found = next((lowered[guess] for guess in GUESSES[kind] if guess in lowered), None)
-    if found is None:
-        raise DataError(
-            f"data '{where}' has no column that looks like the {kind} (tried: "
-            f"{', '.join(GUESSES[kind])}). Name it with --{kind}-column. Known: "
-            f"{', '.join(row)}."
-        )
-    return found
-
-
 def _split(
-    inputs: list[Any],
-    labels: list[Any] | None,
-    held: tuple[list[Any], list[Any] | None] | None,
-    head: str,
-    metric: str,
-    spec: DataSpec,
-    about: dict[str, Any],
-) -> Examples:
+    loaded: Loaded, head: str, spec: DataSpec, task: Task | None
+) -> tuple[Split, Split, tuple[str, ...]]:
+    """Return what is trained on, what is evaluated, and the names of the classes."""
+    (inputs, labels), held = loaded.train, loaded.reported
     train_inputs = _checked_inputs(inputs, head, spec.source)
     held_inputs = None if held is None else _checked_inputs(held[0], head, "evaluation data")
     names: tuple[str, ...] = ()
     train_labels = held_labels = None
     if labels is not None:
         names, train_labels, held_labels = index_labels(
-            labels, None if held is None else held[1], spec.source
+            labels, None if held is None else held[1], spec.source, task.classes if task else ()
         )
+    train = Split(train_inputs, train_labels)
     if held_inputs is not None:
-        train, evaluation = Split(train_inputs, train_labels), Split(held_inputs, held_labels)
+        reported = Split(held_inputs, held_labels)
     else:
-        train, evaluation = hold_out(
-            Split(train_inputs, train_labels), spec.eval_fraction, spec.seed, spec.source
-        )
-    return Examples(head, train, evaluation, names, metric, about)
+        train, reported = hold_out(train, spec.eval_fraction, spec.seed, spec.source)
+    return *choose(train, reported, spec.choice, spec.source), names
 
 
 def _checked_inputs(inputs: list[Any], head: str, where: str) -> list[Any]:
@@ -250,9 +230,8 @@ def _checked_inputs(inputs: list[Any], head: str, where: str) -> list[Any]:
             f"data '{where}': {len(missing)} of {len(inputs)} rows have no input, the first is row "
             f"{missing[0]}. Fill or remove them."
         )
-    wrong = next(
-        (value for value in inputs if head != "image" and not isinstance(value, str)), None
-    )
+    known = _INPUTS.get(head, object)
+    wrong = next((value for value in inputs if not isinstance(value, known)), None)
     if wrong is not None:
         raise DataError(
             f"data '{where}': the text column holds {type(wrong).__name__} ({str(wrong)[:40]!r}), "
@@ -261,33 +240,5 @@ def _checked_inputs(inputs: list[Any], head: str, where: str) -> list[Any]:
     return inputs
 
 
-def hold_out(split: Split, fraction: float, seed: int, where: str) -> tuple[Split, Split]:
-    """Part a split in two, at random, the same way for the same seed.
-
-    Args:
-        split: All examples.
-        fraction: Share of the second part, in (0, 1).
-        seed: Seed of the choice.
-        where: Name of the data, for messages.
-
-    Returns:
-        The larger part and the held-out part, both in the order of ``split``.
-
-    Raises:
-        DataError: If there are fewer than two examples.
-    """
-    count = len(split.inputs)
-    if count < 2:
-        raise DataError(
-            f"data '{where}' has {count} example(s); at least 2 are needed to hold one out for "
-            f"evaluation. Give more data or an evaluation file."
-        )
-    size = min(max(round(count * fraction), 1), count - 1)
-    chosen = set(np.random.default_rng(seed).permutation(count)[:size].tolist())
-    kept = [index for index in range(count) if index not in chosen]
-    return _take(split, kept), _take(split, sorted(chosen))
-
-
-def _take(split: Split, indices: list[int]) -> Split:
-    labels = None if split.labels is None else [split.labels[index] for index in indices]
-    return Split([split.inputs[index] for index in indices], labels)
+# A tuple is a pair of texts.
+_INPUTS: dict[str, Any] = {"lm": str, "classification": str | tuple, "instruct": Prompt}

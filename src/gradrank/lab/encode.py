@@ -1,4 +1,4 @@
-"""Encode examples for one model: token blocks, padded texts, or pixel values."""
+"""Encode examples for one model: token blocks, padded texts, prompts, or pixel values."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,47 +10,36 @@ import torch
 from torch.utils.data import Dataset
 
 from gradrank.core.errors import DataError, OptionError
-from gradrank.lab.data import Examples, Split
-from gradrank.lab.models import LoadedModel
+from gradrank.lab.benchmarks.prompts import Parse, Prompt
+from gradrank.lab.data import Examples
+from gradrank.lab.instruct import PromptCollator, encode_prompts
+from gradrank.lab.models import LoadedModel, model_head
 from gradrank.lab.pictures import Pictures, check_picture, collate_pictures
+from gradrank.lab.splits import Split
+from gradrank.lab.texts import Batch, Blocks, TextCollator, Texts, collate_blocks
 
-Batch = dict[str, torch.Tensor]
 _CHUNK = 1000
 
 
-class Blocks(Dataset):
-    """Token blocks of equal length for language modelling.
+@dataclass(frozen=True)
+class Answering:
+    """How the answers of an instruction task are found.
 
     Attributes:
-        ids: Token ids, ``[blocks, max_length]``.
+        prompts: The prompts of the evaluation split.
+        tokenizer: The model's tokenizer.
+        parse: Finds the answer in what was written.
+        scoring: ``generate`` or ``likelihood``.
+        max_new_tokens: Longest answer, tokens.
+        max_length: Longest prompt, tokens.
     """
 
-    def __init__(self, ids: torch.Tensor) -> None:
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
-
-
-class Texts(Dataset):
-    """Tokenised texts of various lengths with a class each.
-
-    Attributes:
-        ids: Token ids of each text.
-        labels: Class index of each text.
-    """
-
-    def __init__(self, ids: Sequence[Sequence[int]], labels: Sequence[int]) -> None:
-        self.ids, self.labels = ids, labels
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+    prompts: Sequence[Prompt]
+    tokenizer: Any
+    parse: Parse
+    scoring: str
+    max_new_tokens: int
+    max_length: int
 
 
 @dataclass(frozen=True)
@@ -60,12 +49,13 @@ class TaskData:
     Attributes:
         train: Training data set.
         eval: Evaluation data set.
-        kind: ``lm``, ``classification`` or ``image``.
+        kind: ``lm``, ``classification``, ``image`` or ``instruct``.
         collate: Makes a batch of items: a dict of tensors that the model takes, with ``labels``.
         num_labels: Number of classes, or None.
         label_names: Names of the classes.
         metric: The metric that counts.
         describe: ``name``, ``source``, ``licence``, sizes and lengths, for the record.
+        answering: How answers are found, where the task asks for them.
     """
 
     train: Dataset
@@ -76,6 +66,7 @@ class TaskData:
     label_names: tuple[str, ...]
     metric: str
     describe: dict[str, Any]
+    answering: Answering | None = None
 
     def batches(self, count: int, batch_size: int, seed: int = 0) -> Iterator[Batch]:
         """Draw batches of the training data, for measuring.
@@ -106,6 +97,9 @@ def size_of(data: Dataset) -> int:
     return len(data)  # pyright: ignore[reportArgumentType]
 
 
+_Encoded = tuple[Dataset, Dataset, Callable[[list[dict[str, Any]]], Batch]]
+
+
 def load_task_data(
     examples: Examples, loaded: LoadedModel, max_length: int | None = None
 ) -> TaskData:
@@ -123,25 +117,16 @@ def load_task_data(
     Raises:
         OptionError: If the model has another head, or ``max_length`` is out of its range.
     """
-    if loaded.head != examples.head:
+    if loaded.head != model_head(examples.head):
         raise OptionError(
             f"the data needs the head '{examples.head}', but model '{loaded.name}' was loaded with "
             f"'{loaded.head}'."
         )
     length = checked_length(max_length, loaded, examples.head)
-    about = dict(examples.describe)
-    if examples.head == "image":
-        train, held = (_pictures(split, loaded) for split in (examples.train, examples.eval))
-        collate = collate_pictures
-    elif examples.head == "lm":
-        train = pack(examples.train.inputs, loaded.tokenizer, length, "training")
-        held = pack(examples.eval.inputs, loaded.tokenizer, length, "evaluation")
-        collate = collate_blocks
+    train, held, collate = _ENCODERS[examples.head](examples, loaded, length)
+    about = {**examples.describe, "train_examples": size_of(train), "eval_examples": size_of(held)}
+    if isinstance(train, Blocks) and isinstance(held, Blocks):
         about |= {"train_tokens": train.ids.numel(), "eval_tokens": held.ids.numel()}
-    else:
-        train, held = (_texts(split, loaded, length) for split in (examples.train, examples.eval))
-        collate = TextCollator(loaded.tokenizer.pad_token_id)
-    about |= {"train_examples": len(train), "eval_examples": len(held)}
     if examples.head != "image":
         about["max_length"] = length
     return TaskData(
@@ -153,6 +138,53 @@ def load_task_data(
         label_names=examples.label_names,
         metric=examples.metric,
         describe=about,
+        answering=_answering(examples, loaded, length),
+    )
+
+
+def _encode_blocks(examples: Examples, loaded: LoadedModel, length: int) -> _Encoded:
+    train = pack(examples.train.inputs, loaded.tokenizer, length, "training")
+    held = pack(examples.eval.inputs, loaded.tokenizer, length, "evaluation")
+    return train, held, collate_blocks
+
+
+def _encode_texts(examples: Examples, loaded: LoadedModel, length: int) -> _Encoded:
+    train, held = (_texts(split, loaded, length) for split in (examples.train, examples.eval))
+    return train, held, TextCollator(loaded.tokenizer.pad_token_id)
+
+
+def _encode_prompts(examples: Examples, loaded: LoadedModel, length: int) -> _Encoded:
+    train, held = (
+        encode_prompts(split.inputs, loaded.tokenizer, length)
+        for split in (examples.train, examples.eval)
+    )
+    return train, held, PromptCollator(loaded.tokenizer.pad_token_id)
+
+
+def _encode_pictures(examples: Examples, loaded: LoadedModel, _length: int) -> _Encoded:
+    train, held = (_pictures(split, loaded) for split in (examples.train, examples.eval))
+    return train, held, collate_pictures
+
+
+_ENCODERS: dict[str, Callable[[Examples, LoadedModel, int], _Encoded]] = {
+    "lm": _encode_blocks,
+    "classification": _encode_texts,
+    "instruct": _encode_prompts,
+    "image": _encode_pictures,
+}
+
+
+def _answering(examples: Examples, loaded: LoadedModel, length: int) -> Answering | None:
+    task = examples.task
+    if task is None or task.parse is None:
+        return None
+    return Answering(
+        prompts=examples.eval.inputs,
+        tokenizer=loaded.tokenizer,
+        parse=task.parse,
+        scoring=examples.scoring,
+        max_new_tokens=task.max_new_tokens,
+        max_length=length,
     )
 
 
@@ -217,53 +249,20 @@ def pack(texts: Sequence[str], tokenizer: Any, length: int, split: str) -> Block
     return Blocks(torch.from_numpy(stream[: blocks * length].reshape(blocks, length)))
 
 
-def collate_blocks(items: list[dict[str, Any]]) -> Batch:
-    """Stack token blocks.
-
-    Args:
-        items: Items of :class:`Blocks`.
-
-    Returns:
-        ``input_ids`` and ``labels``, both ``[batch, length]``. No attention mask: nothing is
-        padded, and models are quicker without one.
-    """
-    ids = torch.stack([item["input_ids"] for item in items])
-    return {"input_ids": ids, "labels": ids.clone()}
-
-
-@dataclass(frozen=True)
-class TextCollator:
-    """Pad texts on the right to the longest of the batch.
-
-    Attributes:
-        pad: Id of the padding token.
-    """
-
-    pad: int
-
-    def __call__(self, items: list[dict[str, Any]]) -> Batch:
-        """Return ``input_ids``, ``attention_mask`` ``[batch, longest]``, ``labels`` ``[batch]``."""
-        longest = max(len(item["input_ids"]) for item in items)
-        ids = torch.full((len(items), longest), self.pad, dtype=torch.long)
-        mask = torch.zeros((len(items), longest), dtype=torch.long)
-        for row, item in enumerate(items):
-            size = len(item["input_ids"])
-            ids[row, :size] = torch.tensor(item["input_ids"], dtype=torch.long)
-            mask[row, :size] = 1
-        labels = torch.tensor([item["labels"] for item in items])
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
 def _texts(split: Split, loaded: LoadedModel, length: int) -> Texts:
     ids: list[list[int]] = []
+    types: list[list[int]] = []
+    paired = isinstance(split.inputs[0], tuple)
     for start in range(0, len(split.inputs), _CHUNK):
         chunk = list(split.inputs[start : start + _CHUNK])
-        encoded = loaded.tokenizer(chunk, truncation=True, max_length=length, verbose=False)
+        texts = [list(column) for column in zip(*chunk, strict=True)] if paired else [chunk]
+        encoded = loaded.tokenizer(*texts, truncation=True, max_length=length, verbose=False)
         ids.extend(encoded["input_ids"])
+        types.extend(encoded.get("token_type_ids", ()) if paired else ())
     empty = next((row for row, tokens in enumerate(ids) if not tokens), None)
     if empty is not None:
         raise DataError(f"the text {split.inputs[empty][:40]!r} has no tokens. Remove it.")
-    return Texts(ids, split.labels or [])
+    return Texts(ids, split.labels or [], types or None)
 
 
 def _pictures(split: Split, loaded: LoadedModel) -> Pictures:

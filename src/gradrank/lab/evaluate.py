@@ -1,19 +1,22 @@
 """Exact evaluation: every predicted item counts once, whatever the batch it came in."""
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from gradrank.core.errors import DataError
-from gradrank.lab.encode import TaskData, size_of
+from gradrank.evidence.metrics import METRICS, metric_values
+from gradrank.lab import generate
+from gradrank.lab.choose import choose_by_likelihood
+from gradrank.lab.encode import Answering, TaskData, size_of
+
+CLASSIFIED = ("classification", "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +26,19 @@ class Evaluation:
     Attributes:
         loss: Mean cross-entropy, nats per predicted item (token, or example).
         items: Predicted items.
-        metrics: ``eval_loss`` and, for ``lm``, ``perplexity``; for classes ``accuracy``,
-            ``macro_f1`` and ``mcc``.
+        metrics: All of :data:`gradrank.evidence.metrics.METRICS` that apply: ``eval_loss``; for
+            tokens ``perplexity``; for classes ``accuracy``, ``macro_f1`` and ``mcc``, for two of
+            them ``f1`` and ``accuracy_f1``; for answers ``accuracy``.
         seconds: Wall time.
+        outcomes: What was predicted for each example, in the order of the split, as
+            :class:`gradrank.RunRecord` keeps it under ``items``; numbers to 6 significant digits.
     """
 
     loss: float
     items: int
     metrics: dict[str, float]
     seconds: float
+    outcomes: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(
@@ -40,6 +47,7 @@ def evaluate(
     batch_size: int = 8,
     max_batches: int | None = None,
     autocast: torch.dtype | None = None,
+    answers: bool = True,
 ) -> Evaluation:
     """Evaluate a model on the evaluation split.
 
@@ -49,6 +57,8 @@ def evaluate(
         batch_size: Examples at a time; it does not change the result.
         max_batches: Stop after so many batches (the first examples); None takes all.
         autocast: Compute in this dtype, as training did; None computes in the model's own.
+        answers: Whether the answers of an instruction task are found too, which takes longer than
+            its loss.
 
     Returns:
         Losses and metrics. Training or evaluation mode of each module, and the state of the random
@@ -59,78 +69,95 @@ def evaluate(
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
-    total, items = 0.0, 0
+    nll: list[float] = []
+    count: list[int] = []
     predicted: list[int] = []
     expected: list[int] = []
+    classes = data.kind in CLASSIFIED
     with _evaluating(model), without_cache(model), torch.no_grad():
         for batch in _batches(data, batch_size, max_batches):
             inputs = {name: value.to(device) for name, value in batch.items()}
             labels = inputs.pop("labels")
             with _casting(device, autocast):
                 logits = model(**inputs).logits
-            loss, count = summed_loss(logits, labels, data.kind)
-            total, items = total + loss, items + count
-            if data.kind != "lm":
+            losses, counts = item_losses(logits, labels, data.kind)
+            nll.extend(losses)
+            count.extend(counts)
+            if classes:
                 predicted.extend(logits.argmax(dim=-1).tolist())
                 expected.extend(labels.tolist())
-    if items == 0:
+    if sum(count) == 0:
         raise DataError("the evaluation data has nothing to predict. Give more of it.")
-    mean = total / items
-    metrics = {"eval_loss": mean}
-    if data.kind == "lm":
-        # Beyond this a perplexity is no number worth printing, and exp() would overflow.
-        metrics["perplexity"] = math.exp(mean) if mean < 700 else math.inf
+    found: dict[str, Any] = {"kind": "tokens", "nll": nll, "count": count}
+    if classes:
+        found = {"kind": "classes", "expected": expected, "predicted": predicted, "nll": nll}
+    elif data.answering is not None and answers:
+        with _casting(device, autocast):
+            found = {**found, **_answers(model, data.answering, batch_size, len(nll))}
+    metrics = _metrics(found, data.num_labels)
+    seconds = time.perf_counter() - start
+    rounded = {**found, "nll": [_six_digits(value) for value in nll]}
+    return Evaluation(metrics["eval_loss"], sum(count), metrics, seconds, rounded)
+
+
+def _metrics(items: dict[str, Any], classes: int | None) -> dict[str, float]:
+    found = metric_values(items)
+    # Two of three classes may be all that occur, and class 1 is then no positive class.
+    of_two = {name for name, metric in METRICS.items() if metric.binary}
+    return {name: value for name, value in found.items() if classes == 2 or name not in of_two}
+
+
+def _answers(model: Any, asked: Answering, batch_size: int, count: int) -> dict[str, Any]:
+    """Let the model answer the first prompts; return what is kept of that."""
+    prompts = asked.prompts[:count]
+    if asked.scoring == "likelihood":
+        found = choose_by_likelihood(
+            model, prompts, asked.tokenizer, batch_size, max_length=asked.max_length
+        )
     else:
-        metrics |= class_metrics(np.array(expected), np.array(predicted))
-    return Evaluation(mean, items, metrics, time.perf_counter() - start)
+        found = generate.answers(
+            model,
+            prompts,
+            asked.tokenizer,
+            asked.parse,
+            asked.max_new_tokens,
+            batch_size,
+            asked.max_length,
+        )
+    kept: dict[str, Any] = {
+        "kind": "answers",
+        "expected": [prompt.answer for prompt in prompts],
+        "predicted": found,
+    }
+    if any(prompt.group for prompt in prompts):
+        kept["group"] = [prompt.group for prompt in prompts]
+    return kept
 
 
-def summed_loss(logits: torch.Tensor, labels: torch.Tensor, kind: str) -> tuple[float, int]:
-    """Sum the cross-entropy over the predicted items of a batch.
+def item_losses(
+    logits: torch.Tensor, labels: torch.Tensor, kind: str
+) -> tuple[list[float], list[int]]:
+    """Sum the cross-entropy of each example of a batch.
 
     Args:
-        logits: ``[batch, length, vocabulary]`` for ``lm``, else ``[batch, classes]``.
+        logits: ``[batch, length, vocabulary]`` for tokens, ``[batch, classes]`` for classes.
         labels: ``[batch, length]`` (-100: not counted) or ``[batch]``.
-        kind: ``lm`` or another head.
+        kind: The head.
 
     Returns:
-        Sum in nats, and number of items. For ``lm`` the first token of a block is not predicted.
+        Per example the sum in nats, and the number of predicted items. The first token of a
+        sequence is not predicted.
     """
-    if kind == "lm":
+    batch = len(labels)
+    if kind not in CLASSIFIED:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     loss = functional.cross_entropy(logits.float(), labels, reduction="none", ignore_index=-100)
-    return float(loss.double().sum()), int((labels != -100).sum())
+    sums = loss.double().reshape(batch, -1).sum(dim=1)
+    return sums.tolist(), (labels != -100).reshape(batch, -1).sum(dim=1).tolist()
 
 
-def class_metrics(expected: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """Compute accuracy, macro F1 and the Matthews correlation.
-
-    Args:
-        expected: Class indices, ``[n]``.
-        predicted: Class indices, ``[n]``.
-
-    Returns:
-        ``accuracy``; ``macro_f1``, the mean over classes that occur in either; ``mcc``, 0 where it
-        is undefined (one class only).
-
-    Source:
-        Gorodkin, Computational Biology and Chemistry 28 (2004), equation 2 (the multi-class
-        Matthews correlation).
-    """
-    size = int(max(expected.max(), predicted.max())) + 1
-    table = np.zeros((size, size))
-    np.add.at(table, (expected, predicted), 1)
-    right, rows, columns = table.diagonal(), table.sum(axis=1), table.sum(axis=0)
-    present = (rows + columns) > 0
-    f1 = 2 * right[present] / (rows + columns)[present]
-    count = table.sum()
-    above = right.sum() * count - rows @ columns
-    below = math.sqrt((count**2 - columns @ columns) * (count**2 - rows @ rows))
-    return {
-        "accuracy": float(right.sum() / count),
-        "macro_f1": float(f1.mean()),
-        "mcc": float(above / below) if below > 0 else 0.0,
-    }
+def _six_digits(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _batches(data: TaskData, size: int, most: int | None) -> Iterator[dict[str, torch.Tensor]]:

@@ -9,7 +9,10 @@ MOST_CLASSES = 1000
 
 
 def index_labels(
-    train: Sequence[Any], held: Sequence[Any] | None, where: str
+    train: Sequence[Any],
+    held: Sequence[Any] | None,
+    where: str,
+    classes: Sequence[str] = (),
 ) -> tuple[tuple[str, ...], list[int], list[int] | None]:
     """Number the classes: integers by value, anything else in alphabetical order.
 
@@ -17,6 +20,7 @@ def index_labels(
         train: Label values of the training data.
         held: Label values of the evaluation data, if it is separate.
         where: Name of the data, for messages.
+        classes: Names of the classes in their order, if it is known beforehand.
 
     Returns:
         Names of the classes by index, and the indices of both sequences.
@@ -25,9 +29,15 @@ def index_labels(
         DataError: If labels are missing, are not classes, or the evaluation data has others.
     """
     keys = _keys(train, where)
-    names = sorted(set(keys), key=_order)
-    check_classes(names, len(keys), where)
+    names = list(classes) or sorted(set(keys), key=_order)
+    if not classes:
+        check_classes(names, len(keys), where)
     index = {name: number for number, name in enumerate(names)}
+    strange = sorted(set(keys) - set(names))
+    if strange:
+        raise DataError(
+            f"data '{where}' has the unknown label '{strange[0]}'. Known: {', '.join(names)}."
+        )
     held_keys = None if held is None else _keys(held, "evaluation data")
     unknown = sorted(set(held_keys or ()) - set(names))
     if unknown:

@@ -42,9 +42,20 @@ HEADS: dict[str, tuple[Any, Any]] = {
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     ),
     "image": (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
+    # A decoder like any other: only the data differs.
+    "instruct": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
 }
 # Families whose position table starts after the padding index.
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer"}
+
+
+def model_head(head: str) -> str:
+    """Return the head that a model has for data of a head: ``lm`` for ``instruct``.
+
+    Args:
+        head: Head of the data.
+    """
+    return "lm" if head == "instruct" else head
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ def resolve_model(
 
     Args:
         spec: A local folder, a name in :func:`known_models`, or a name on the model hub.
-        head: ``lm``, ``classification`` or ``image``.
+        head: ``lm``, ``classification``, ``image`` or ``instruct`` (the same as ``lm``).
         num_labels: Number of classes; needed for the two classification heads.
         dtype: See :func:`gradrank.lab.environment.resolve_dtype`.
         device: See :func:`gradrank.lab.environment.resolve_device`.
@@ -105,6 +116,7 @@ def resolve_model(
     """
     if head not in HEADS:
         raise OptionError(f"unknown head '{head}'. {nearest(head, HEADS)}")
+    head = model_head(head)
     if head != "lm" and (num_labels is None or num_labels < 2):
         raise OptionError(f"head '{head}' needs at least 2 classes; got {num_labels}.")
     where = resolve_device(device)
@@ -157,7 +169,7 @@ def check_head(config: PreTrainedConfig, head: str, name: str) -> None:
     Raises:
         OptionError: If it has none.
     """
-    usable = [known for known in HEADS if _has_head(config, known)]
+    usable = [known for known in HEADS if known == model_head(known) and _has_head(config, known)]
     if head not in usable:
         other = f"It can be used with: {', '.join(usable)}." if usable else "Choose another model."
         raise OptionError(

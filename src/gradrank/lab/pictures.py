@@ -1,6 +1,9 @@
 """Pictures as a data set: checked when listed, opened and normalised when asked for."""
 
+import io
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,50 @@ from torch.utils.data import Dataset
 
 from gradrank.core.errors import DataError
 
+FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class StoredPicture(ABC):
+    """A picture that is no file of its own."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def open(self) -> Image.Image:
+        """Return the decoded picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPicture(StoredPicture):
+    """A picture inside a file that holds many, one after another.
+
+    Attributes:
+        path: The file.
+        start: Position of its first byte.
+        size: Bytes.
+        name: What it is called in messages.
+    """
+
+    path: Path
+    start: int
+    size: int
+    name: str
+
+    def open(self) -> Image.Image:
+        """Return the decoded picture."""
+        with self.path.open("rb") as stream:
+            stream.seek(self.start)
+            data = stream.read(self.size)
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+        return picture
+
 
 class Pictures(Dataset):
     """Pictures with a class each, opened and normalised when asked for.
 
     Attributes:
-        pictures: Paths, PIL images or arrays ``[height, width, 3]``.
+        pictures: Paths, PIL images, arrays ``[height, width, 3]`` or stored pictures.
         labels: Class index of each picture.
         processor: The model's image processor.
     """
@@ -58,7 +99,7 @@ def check_picture(path: Path) -> None:
     try:
         with Image.open(path) as picture:
             picture.verify()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except FAULTS as error:
         raise DataError(_unreadable(path, error)) from error
 
 
@@ -66,7 +107,7 @@ def open_picture(picture: Any) -> Image.Image:
     """Return a picture in RGB.
 
     Args:
-        picture: A path, a PIL image, or an array ``[height, width, 3]`` uint8.
+        picture: A path, a PIL image, an array ``[height, width, 3]`` uint8, or a stored picture.
 
     Returns:
         The picture.
@@ -79,9 +120,11 @@ def open_picture(picture: Any) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     try:
+        if isinstance(picture, StoredPicture):
+            return picture.open().convert("RGB")
         with Image.open(picture) as opened:
             return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except FAULTS as error:
         raise DataError(_unreadable(picture, error)) from error
 
 

@@ -4,10 +4,12 @@ A row is a mapping from column to value. Files are untrusted input: nothing in t
 and each is read as UTF-8 text.
 """
 
+import contextlib
 import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,23 +36,43 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: If the file is missing, of another type, not UTF-8, or malformed.
     """
+    with _readable(path):
+        suffix = data_suffix(path)
+        if suffix not in READERS:
+            raise DataError(
+                f"data file '{path}' has the unknown type '{suffix or 'none'}'. "
+                f"{nearest(suffix, READERS)} Each but .parquet may be compressed with gzip (.gz)."
+            )
+        return list(READERS[suffix](path))
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file.
+
+    Args:
+        path: A text file, or one with ``.gz`` added.
+
+    Returns:
+        The lines without their ends.
+    """
+    with _readable(path):
+        return [line for _, line in _lines(path)]
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Refuse what is no file, and turn what reading raises into one message."""
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise DataError(f"data file '{path}' {what}.")
-    suffix = data_suffix(path)
-    if suffix not in READERS:
-        raise DataError(
-            f"data file '{path}' has the unknown type '{suffix or 'none'}'. "
-            f"{nearest(suffix, READERS)} Each but .parquet may be compressed with gzip (.gz)."
-        )
     try:
-        return list(READERS[suffix](path))
+        yield
     except UnicodeDecodeError as error:
         raise DataError(
             f"data file '{path}' is not UTF-8 text (byte 0x{error.object[error.start]:02x}). "
             f"Convert it, for example with: iconv -f latin1 -t utf-8."
         ) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"data file '{path}' could not be read: {error}.") from error
 
 

@@ -1,40 +1,16 @@
-"""Registered tasks: data with a head, a metric, a source and a licence."""
+"""The registry of tasks: one entry each."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from gradrank.core.errors import OptionError, nearest
 from gradrank.lab.assets import ASSETS, fetch_asset
+from gradrank.lab.benchmarks import commonsense, gsm8k
+from gradrank.lab.benchmarks.glue import GLUE_TASKS
+from gradrank.lab.benchmarks.images import IMAGE_TASKS
+from gradrank.lab.benchmarks.task import Loaded, Say, Task, Where
+from gradrank.lab.benchmarks.wikitext import WIKITEXT_TASKS
 from gradrank.lab.synthetic import opinions, sentences, stripes
-
-Say = Callable[[str], None] | None
-Columns = tuple[list[Any], list[Any] | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One task.
-
-    Attributes:
-        name: The name users give.
-        head: ``lm``, ``classification`` or ``image``.
-        metric: The final metric that counts (``eval_loss``: lower is better).
-        description: What is in it.
-        source: Where it comes from.
-        licence: Licence of the data.
-        load: Returns the inputs (texts or pictures) and the labels (None for ``lm``); fetches
-            the data if need be.
-    """
-
-    name: str
-    head: str
-    metric: str
-    description: str
-    source: str
-    licence: str
-    load: Callable[[Say], Columns]
 
 
 def _reviews(say: Say) -> list[dict[str, Any]]:
@@ -43,27 +19,27 @@ def _reviews(say: Say) -> list[dict[str, Any]]:
         return [json.loads(line) for line in stream]
 
 
-def _review_texts(say: Say) -> Columns:
-    return [row["text"] for row in _reviews(say)], None
+def _review_texts(where: Where) -> Loaded:
+    return Loaded(([row["text"] for row in _reviews(where.say)], None))
 
 
-def _review_sentiment(say: Say) -> Columns:
+def _review_sentiment(where: Where) -> Loaded:
     # Sentences that the raters found neutral on average have no sentiment to predict.
-    rows = [row for row in _reviews(say) if abs(row["rating"]) >= 0.5]
+    rows = [row for row in _reviews(where.say) if abs(row["rating"]) >= 0.5]
     labels = ["positive" if row["rating"] > 0 else "negative" for row in rows]
-    return [row["text"] for row in rows], labels
+    return Loaded(([row["text"] for row in rows], labels))
 
 
-def _tiny_lm(_say: Say) -> Columns:
-    return sentences(), None
+def _tiny_lm(_where: Where) -> Loaded:
+    return Loaded((sentences(), None))
 
 
-def _tiny_sentiment(_say: Say) -> Columns:
-    return opinions()
+def _tiny_sentiment(_where: Where) -> Loaded:
+    return Loaded(opinions())
 
 
-def _tiny_images(_say: Say) -> Columns:
-    return stripes()
+def _tiny_images(_where: Where) -> Loaded:
+    return Loaded(stripes())
 
 
 _REVIEWS = ASSETS["movie-reviews"]
@@ -115,6 +91,11 @@ _TASKS = (
         licence="Apache-2.0",
         load=_tiny_images,
     ),
+    *WIKITEXT_TASKS,
+    *GLUE_TASKS,
+    *commonsense.TASKS,
+    *gsm8k.TASKS,
+    *IMAGE_TASKS,
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}

@@ -30,7 +30,8 @@ def byte_tokenizer(markers: bool = False) -> PreTrainedTokenizerFast:
     """Build a tokenizer with one token per byte of UTF-8.
 
     Args:
-        markers: Whether each text becomes ``<cls> text <sep>``, as a BERT classifier expects.
+        markers: Whether each text becomes ``<cls> text <sep>``, and a pair ``<cls> text <sep> text
+            <sep>``, as a BERT classifier expects.
 
     Returns:
         The tokenizer: ids 0..3 are the special tokens, then the 256 bytes.
@@ -42,10 +43,14 @@ def byte_tokenizer(markers: bool = False) -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     if markers:
         core.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-            single="<cls> $A <sep>", special_tokens=[("<cls>", 2), ("<sep>", 3)]
+            single="<cls> $A <sep>",
+            pair="<cls> $A <sep> $B:1 <sep>:1",
+            special_tokens=[("<cls>", 2), ("<sep>", 3)],
         )
+    kinds = ["token_type_ids"] if markers else []
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
+        model_input_names=["input_ids", *kinds, "attention_mask"],
         pad_token="<pad>",
         eos_token="<eos>",
         cls_token="<cls>",

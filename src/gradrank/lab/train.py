@@ -244,7 +244,11 @@ class _Run:
         """Return an evaluation on the evaluation split, computed as training computes."""
         settings = self.settings
         size = settings.eval_batch_size or settings.batch_size
-        return evaluate(self.model, self.data, size, settings.max_eval_batches, self.autocast)
+        # Writing answers out takes long; on the way the loss says enough.
+        last = self.steps.done >= settings.steps
+        return evaluate(
+            self.model, self.data, size, settings.max_eval_batches, self.autocast, answers=last
+        )
 
     def close(self) -> None:
         """Copy what the callback gathered into the outcome."""

@@ -34,6 +34,7 @@ _DATA = (
     "label_column",
     "image_column",
     "head",
+    "scoring",
     "validation",
     "train_examples",
     "eval_examples",
@@ -173,6 +174,7 @@ class Bench:
         return DataSpec(
             source=str(config.task or config.data),
             head=config.head,
+            scoring=config.scoring,
             text_column=config.text_column,
             label_column=config.label_column,
             image_column=config.image_column,

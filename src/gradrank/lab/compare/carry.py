@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from gradrank.lab.epochs import options_in_steps
 from gradrank.lab.measured import narrow
 from gradrank.lab.recipes import Recipe
 from gradrank.lab.train import TrainOutcome, train
-from gradrank.methods.registry import create
+from gradrank.methods.registry import METHODS, create
 from gradrank.record import RunRecord
 from gradrank.session import allocate, apply, base_parameters, find_targets, model_facts
 
@@ -211,6 +212,11 @@ class _Arm:
         facts = model_facts(self.model, self.run.config.targets)
         return allocate(self.targets, "uniform", parameters, provenance=facts)
 
+    def _seeded(self) -> dict[str, Any]:
+        """Options with the run's seed for what a method draws: controls are drawn anew."""
+        draws = any(item.name == "seed" for item in fields(METHODS[self.run.method]))
+        return {"seed": self.run.seed, **self.options} if draws else self.options
+
     def _peft_options(self) -> dict[str, Any]:
         loaded = self.fresh.loaded
         return {
@@ -219,7 +225,7 @@ class _Arm:
         }
 
     def _method(self) -> Built:
-        method = create(self.run.method, self.options)
+        method = create(self.run.method, self._seeded())
         scaling = self.scaling()
         if method.signals():
             seed, started = _calibration_seed(self.run), time.perf_counter()

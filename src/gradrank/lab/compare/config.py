@@ -23,6 +23,7 @@ class RunConfig:
     Attributes:
         model: Folder, name that needs no hub, or name on the model hub.
         task: A registered task; or ``data`` with ``head`` and columns.
+        scoring: How answers are found where there are choices: ``generate`` or ``likelihood``.
         targets: ``all-linear`` or names of modules.
         batches: Mini-batches of the calibration.
         calibration_seed: Seed of the calibration; None: the run's seed, so that its noise is part
@@ -47,6 +48,7 @@ class RunConfig:
     label_column: str | None = None
     image_column: str | None = None
     head: str | None = None
+    scoring: str = "generate"
     max_length: int | None = None
     targets: str = "all-linear"
     batches: int = 16
@@ -185,5 +187,6 @@ def _typed(key: str, value: Any, where: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    wants = " or ".join(kind.__name__ for kind in kinds if kind is not types.NoneType)
+    names = [getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not types.NoneType]
+    wants = " or ".join(names)
     raise OptionError(f"{where}: key '{key}' is {value!r}; it takes {wants}.")

@@ -8,11 +8,18 @@ from typing import Any
 from gradrank.core.errors import GradrankError, OptionError
 from gradrank.core.targets import cost_of_rank_one
 from gradrank.lab.compare.config import RunConfig
-from gradrank.lab.compare.dry_arms import Footprint, Question, footprint, resolved, shared_scale
+from gradrank.lab.compare.dry_arms import (
+    Footprint,
+    Question,
+    footprint,
+    measures,
+    resolved,
+    shared_scale,
+)
 from gradrank.lab.compare.dry_models import Outline, outline
 from gradrank.lab.compare.dry_tasks import Length, TaskOutline, length, task_outline
 from gradrank.lab.compare.dry_text import recipe_lines
-from gradrank.lab.compare.grid import GridRun, cells, final_runs, stability_runs, tuning_runs
+from gradrank.lab.compare.grid import FINAL, STABILITY, TUNE, cells
 from gradrank.lab.epochs import options_in_steps
 from gradrank.lab.recipes import Recipe, TaskEntry, Variant, read
 
@@ -33,6 +40,8 @@ class Cell:
         data: Its data.
         length: How long each of its runs is.
         footprint: What it would train.
+        trials: Learning rates that are searched for it.
+        measures: Whether its ranks follow from a calibration.
     """
 
     task: str
@@ -43,6 +52,8 @@ class Cell:
     data: TaskOutline
     length: Length
     footprint: Footprint
+    trials: int
+    measures: bool
 
 
 @dataclass(frozen=True)
@@ -125,8 +136,8 @@ def rehearsal(path: Path) -> Rehearsal:
     _check_reference(recipe, problems)
     if problems.where:
         raise OptionError(problems.told(f"recipe '{path.name}'"))
-    steps, tokens = _totals(recipe, found)
-    return Rehearsal(recipe, tuple(found), _runs(recipe), steps, tokens)
+    steps, tokens = (_total(recipe, found, unit) for unit in ("steps", "tokens"))
+    return Rehearsal(recipe, tuple(found), _runs(recipe, found), steps, tokens)
 
 
 class _Problems:
@@ -169,8 +180,18 @@ def _cell(recipe: Recipe, task: TaskEntry, variant: Variant, budget: str) -> Cel
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
     )
-    found = footprint(question)
-    return Cell(task.label, variant.label, budget, parameters, model, data, long, found)
+    return Cell(
+        task=task.label,
+        method=variant.label,
+        budget=budget,
+        parameters=parameters,
+        model=model,
+        data=data,
+        length=long,
+        footprint=footprint(question),
+        trials=len(recipe.rates_of(task, variant)),
+        measures=measures(question),
+    )
 
 
 def _options(variant: Variant, config: RunConfig, long: Length) -> tuple[tuple[str, str], ...]:
@@ -202,22 +223,22 @@ def _check_reference(recipe: Recipe, problems: _Problems) -> None:
             )
 
 
-def _runs(recipe: Recipe) -> dict[str, int]:
+def _runs(recipe: Recipe, found: list[Cell]) -> dict[str, int]:
+    """Return the number of runs by phase, without listing them."""
+    trials = sum(cell.trials for cell in found)
     return {
-        "tune": len(tuning_runs(recipe)),
-        "final": len(final_runs(recipe, {})),
-        "stability": len(stability_runs(recipe)),
+        TUNE: trials * len(recipe.tuning_seeds),
+        FINAL: len(found) * len(recipe.seeds),
+        STABILITY: sum(cell.measures for cell in found) * len(recipe.calibration_seeds),
     }
 
 
-def _totals(recipe: Recipe, found: list[Cell]) -> tuple[int | None, int | None]:
-    """Return the steps and tokens of all runs that train."""
-    lengths = {(cell.task, cell.method, cell.budget): cell.length for cell in found}
-    runs: list[GridRun] = [*tuning_runs(recipe), *final_runs(recipe, {})]
-    known = [lengths[run.task, run.label, run.budget] for run in runs]
-    steps = [long.steps for long in known]
-    tokens = [long.tokens for long in known if long.tokens is not None]
-    return (
-        None if None in steps else sum(step for step in steps if step is not None),
-        sum(tokens) if len(tokens) == len(known) else None,
-    )
+def _total(recipe: Recipe, found: list[Cell], unit: str) -> int | None:
+    """Return the steps or tokens of all runs that train; None where some are unknown."""
+    total = 0
+    for cell in found:
+        each = getattr(cell.length, unit)
+        if each is None:
+            return None
+        total += each * (len(recipe.seeds) + cell.trials * len(recipe.tuning_seeds))
+    return total

@@ -97,6 +97,17 @@ def footprint(question: Question) -> Footprint:
     return _answered(question)
 
 
+def measures(question: Question) -> bool:
+    """Tell whether an arm's ranks follow from a calibration that another seed would change.
+
+    Args:
+        question: The arm.
+    """
+    if is_baseline(question.method):
+        return False
+    return bool(create(question.method, dict(question.options)).signals())
+
+
 @lru_cache(maxsize=4096)
 def _answered(question: Question) -> Footprint:
     if is_baseline(question.method):
@@ -135,8 +146,8 @@ def _method(question: Question) -> Footprint:
     method = create(question.method, dict(question.options))
     targets = outline(question.model, question.head, _CLASSES, question.targets).targets
     budget = question.parameters
-    measures = bool(method.signals())
-    if measures:
+    measured = bool(method.signals())
+    if measured:
         assessment = equal_assessment(targets)
         how = "rehearsed with equal scores"
     else:
@@ -153,8 +164,8 @@ def _method(question: Question) -> Footprint:
             "the budget."
         )
     if not hasattr(method, "course"):
-        most = budget if measures else spent
-        return Footprint(most, most, not measures, how)
+        most = budget if measured else spent
+        return Footprint(most, most, not measured, how)
     return _moving(method, question, targets, spent)
 
 

@@ -1,0 +1,71 @@
+"""What a task is: data with a head, a metric, a source and a licence."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gradrank.lab.benchmarks.prompts import Parse
+
+Say = Callable[[str], None] | None
+Columns = tuple[list[Any], list[Any] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where a task may look for its data.
+
+    Attributes:
+        data_dir: A folder with public data, searched first; None: only ``GRADRANK_DATA``.
+        say: Receives one line for each thing that takes time.
+    """
+
+    data_dir: str | None = None
+    say: Say = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The data of a task as it came from its source.
+
+    Attributes:
+        train: Inputs and labels (None for ``lm`` and ``instruct``) of the training split.
+        reported: The same of the split that the benchmark reports; None: a part of ``train`` is
+            held out.
+        notes: What a reader of a result must know, for the description of the data.
+    """
+
+    train: Columns
+    reported: Columns | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task.
+
+    Attributes:
+        name: The name users give.
+        head: ``lm``, ``classification``, ``image`` or ``instruct``.
+        metric: The metric that counts, of :data:`gradrank.evidence.metrics.METRICS`.
+        description: What is in it.
+        source: Where it comes from.
+        licence: Licence of the data.
+        load: Reads or fetches the data. Inputs are texts, pairs of texts (tuples), pictures, or
+            prompts.
+        classes: Names of the classes in the order of their indices (class 1 is the positive one of
+            F1); empty: the names that occur, in alphabetical order.
+        parse: ``instruct`` only: finds the answer in what a model wrote, empty if there is none;
+            None: answers are not generated.
+        max_new_tokens: ``instruct`` only: longest answer that is generated, tokens.
+    """
+
+    name: str
+    head: str
+    metric: str
+    description: str
+    source: str
+    licence: str
+    load: Callable[[Where], Loaded]
+    classes: tuple[str, ...] = ()
+    parse: Parse | None = None
+    max_new_tokens: int = 32
