@@ -53,8 +53,8 @@ def main() -> None:
     write_json(
         args.out / "coverage.json",
         {
-            "about": "Share of 95 % intervals that hold the true difference of two methods, over new "
-            "seeds and new items; width: median over settings, relative to square-and-add",
+            "about": "Share of 95 % intervals that hold the true difference of two methods, over "
+            "new seeds and new items; width: median over settings, relative to square-and-add",
             "experiments": args.experiments,
             "items": ITEMS,
             "resamples": RESAMPLES,

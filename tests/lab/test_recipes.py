@@ -5,28 +5,29 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gradrank.cli import runfile
-from gradrank.cli.train import command
 from gradrank.core.budget import Budget
 from gradrank.core.errors import DataError, GradrankError
 from gradrank.core.targets import Target
+from gradrank.lab.compare.grid import cells, final_runs, stability_runs, tuning_runs
 from gradrank.lab.neuron_shapes import build_shapes
 from gradrank.lab.recipes import Recipe, read
-from gradrank.presets import find_preset
+from gradrank.lab.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+FULL_SIZE = [path for path in RECIPES if path.parent.name == "recipes"]
 WHOLE = {
     "schema": "gradrank.recipe/1",
     "name": "one",
     "about": "a question",
     "source": "a paper",
-    "run": {"task": "tiny-lm", "steps": 4},
+    "run": {"model": "tiny-llama", "task": "tiny-lm", "steps": 4},
     "budgets": ["uniform:2", 5000],
     "seeds": [0, 3],
     "methods": [
         {"method": "uniform"},
         {"label": "a/b", "method": "igu", "option": {"signed": True}},
+        {"method": "gard"},
     ],
 }
 
@@ -42,26 +43,42 @@ def written(folder: Path, **changes: object) -> Path:
 def test_recipes_of_the_repository_are_whole(path: Path) -> None:
     recipe = read(path)
     assert recipe.name == path.stem
-    assert len(recipe.runs()) == len(recipe.variants) * len(recipe.budgets) * len(recipe.seeds)
-    assert any(variant.method == "uniform" for variant in recipe.variants)
+    assert recipe.reference in {variant.label for variant in recipe.variants}
+    for task, variant, _ in cells(recipe):
+        assert recipe.config(task, variant).task in TASKS
+    assert "loader comes with" not in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_runs_of_the_repository_are_configurations_of_train(path: Path) -> None:
-    keys = {runfile.key_of(parameter) for parameter in command.params}
-    run = read(path).run
-    assert set(run) <= keys
-    if "preset" in run:
-        assert set(find_preset(run["preset"]).run) <= keys
-    assert "task" in run
+@pytest.mark.parametrize("path", FULL_SIZE, ids=lambda path: path.stem)
+def test_recipes_of_full_size_have_five_seeds_and_say_what_they_stand_for(path: Path) -> None:
+    recipe = read(path)
+    assert len(recipe.seeds) == 5
+    paper = {"gard": "GARD", "igu": "IGU-LoRA", "pilora": "PiLoRA"}[path.stem.split("-")[0]]
+    assert recipe.source.startswith(paper)
+    # Without a search the question is not which method is better.
+    assert recipe.rates or path.stem == "pilora-figure-3"
+    assert path.read_text(encoding="utf-8").startswith("#")
 
 
-def test_there_are_recipes() -> None:
+def test_there_is_a_recipe_for_every_table_and_figure_and_a_small_twin() -> None:
     names = [path.stem for path in RECIPES]
-    assert {"igu-figure-3", "igu-figure-4", "igu-ablation"} <= set(names)
-    assert {f"pilora-{what}" for what in ("table-4", "figure-4", "figure-5", "figure-6")} <= set(
-        names
-    )
+    gard = {"gard-table-2", *(f"gard-figure-{n}" for n in (3, 5, 6, 7))}
+    igu = {f"igu-{what}" for what in ("glue", "reasoning", "backbones", "parts")}
+    igu |= {f"igu-figure-{n}" for n in (3, 4, 5)}
+    pilora = {f"pilora-table-{n}" for n in (1, 2, 3, 4)}
+    pilora |= {f"pilora-figure-{n}" for n in (3, 4, 5, 6)}
+    assert gard | igu | pilora == {path.stem for path in FULL_SIZE}
+    # Twins that came before the others carry the names of what they ask.
+    other = {
+        "igu-figure-3": "igu-ablation",
+        "igu-figure-4": "igu-ablation",
+        "igu-parts": "igu-ablation",
+        "pilora-table-4": "pilora-partition",
+        "pilora-figure-4": "pilora-supplementary",
+        "pilora-figure-5": "pilora-dominant",
+        "pilora-figure-6": "pilora-threshold",
+    }
+    assert {other.get(path.stem, f"{path.stem}-small") for path in FULL_SIZE} <= set(names)
     # A recipe's runs go to a folder of its name.
     assert len(set(names)) == len(names)
 
@@ -73,14 +90,46 @@ def variants(recipe: Recipe, option: str) -> list[object]:
 def test_recipes_of_pilora_have_the_values_of_the_paper() -> None:
     found = {path.stem: read(path) for path in RECIPES if path.stem.startswith("pilora-")}
     ranks = variants(found["pilora-figure-4"], "supplementary_rank")
-    assert ranks == [0, 1, 2, 4, 8, 16, 32]
-    assert variants(found["pilora-figure-5"], "dominant_rank") == [24, 26, 28, 30, 32]
+    assert ranks == ["0", "1", "2", "4", "8", "16", "32"]
+    assert variants(found["pilora-figure-5"], "dominant_rank") == ["24", "26", "28", "30", "32"]
     thresholds = variants(found["pilora-figure-6"], "threshold")
     assert thresholds == variants(found["pilora-threshold"], "threshold")
-    assert thresholds == [0.5, 0.6, 0.7, 0.8, 0.9]
+    assert thresholds == ["0.5", "0.6", "0.7", "0.8", "0.9"]
     for name in ("pilora-table-4", "pilora-partition"):
         assert {"random", "top_fraction", "mean"} == set(variants(found[name], "rule"))
+    for name in ("pilora-table-4", "pilora-partition", *(f"pilora-table-{n}" for n in (1, 2, 3))):
         assert any(v.method == "pilora" and "rank" not in v.options for v in found[name].variants)
+
+
+def arms(recipe: Recipe) -> set[str]:
+    return {variant.method for variant in recipe.variants}
+
+
+def test_tables_have_the_baselines_of_the_papers() -> None:
+    found = {path.stem: read(path) for path in FULL_SIZE}
+    common = {"uniform", "dora", "pissa", "milora", "pilora"}
+    assert common | {"lora-dash"} <= arms(found["pilora-table-1"])
+    assert common | {"rslora"} <= arms(found["pilora-table-2"])
+    assert common | {"full"} <= arms(found["pilora-table-3"])
+    assert {"uniform", "dora", "adalora", "full", "igu"} <= arms(found["igu-reasoning"])
+    assert {"uniform", "adalora", "dylora", "gradient-norm", "depth"} <= arms(
+        found["gard-figure-5"]
+    )
+
+
+def test_settings_of_pilora_are_those_of_its_tables() -> None:
+    recipe = read(ROOT / "recipes" / "pilora-table-2.yaml")
+    found = {task.label: recipe.config(task, recipe.variants[0]) for task in recipe.tasks}
+    assert [found[name].epochs for name in ("cola", "qqp", "rte")] == [10, 10, 50]
+    assert [found[name].lr for name in ("cola", "sst2", "rte")] == [2e-4, 1e-4, 2e-4]
+    assert {(c.batch_size, c.schedule, c.warmup) for c in found.values()} == {(64, "cosine", 100)}
+    images = read(ROOT / "recipes" / "pilora-table-3.yaml")
+    epochs = [images.config(task, images.variants[0]).epochs for task in images.tasks]
+    assert epochs == [35, 76, 12, 11, 15, 14, 4]
+    llama = read(ROOT / "recipes" / "pilora-table-1.yaml")
+    both = [llama.config(task, llama.variants[0]) for task in llama.tasks]
+    assert [config.lr for config in both] == [2e-4, 1e-4]
+    assert {(c.batch_size, c.epochs, c.warmup, c.lora_alpha) for c in both} == {(16, 3.0, 100, 64)}
 
 
 def _layer(*sizes: tuple[int, int]) -> list[Target]:
@@ -103,35 +152,87 @@ def test_budgets_of_figure_4_hold_every_supplementary_rank_at_one_scale() -> Non
         assert recipe.run["lora_alpha"] / budget.value == 2
 
 
-def test_runs_are_whole_configurations_with_names_for_folders(tmp_path: Path) -> None:
-    runs = read(written(tmp_path)).runs()
-    assert list(runs)[:2] == ["uniform--uniform-2--seed0", "uniform--uniform-2--seed3"]
-    assert len(runs) == 8
-    assert runs["a-b--5000--seed3"] == {
-        "task": "tiny-lm",
-        "steps": 4,
-        "method": "igu",
-        "option": {"signed": "true"},
-        "budget": "5000",
-        "seed": 3,
-    }
+def test_runs_are_whole_with_names_for_folders(tmp_path: Path) -> None:
+    recipe = read(written(tmp_path, calibration_seeds=[7]))
+    runs = final_runs(recipe, {})
+    assert len(runs) == len({run.id for run in runs}) == 12
+    assert all(run.config.model == "tiny-llama" and run.config.steps == 4 for run in runs)
+    signed = next(run for run in runs if run.label == "a/b" and run.budget == "5000")
+    assert signed.options == {"signed": "true"}
+    assert signed.id.startswith("final--tiny-lm--a-b--5000--seed0--")
+    assert not tuning_runs(recipe)
+    assert {run.label for run in stability_runs(recipe)} == {"gard"}
+
+
+def test_a_later_layer_of_settings_goes_before_an_earlier_one(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        tasks=["tiny-lm", {"label": "long", "task": "tiny-lm", "epochs": 2, "budgets": [9000]}],
+        methods=[{"method": "uniform"}, {"method": "gard", "run": {"batches": 4}}],
+    )
+    recipe = read(path)
+    short, long = recipe.tasks
+    uniform, gard = recipe.variants
+    assert recipe.config(short, uniform).epochs is None
+    assert recipe.config(long, uniform).epochs == 2
+    assert [recipe.config(short, arm).batches for arm in (uniform, gard)] == [16, 4]
+    assert recipe.budgets_of(short, gard) == ("uniform:2", "5000")
+    assert recipe.budgets_of(long, gard) == ("9000",)
+
+
+SEARCH = {"learning_rates": [1e-3, 2e-3], "run": {**WHOLE["run"], "validation": 50}}  # type: ignore[dict-item]
+
+
+def test_a_search_gives_every_method_as_many_trials(tmp_path: Path) -> None:
+    methods = [{"method": "uniform"}, {"method": "full", "learning_rates": [1e-5, 2e-5]}]
+    recipe = read(written(tmp_path, **{**SEARCH, "methods": methods}))
+    found = [(run.label, run.config.lr) for run in tuning_runs(recipe) if run.budget == "5000"]
+    assert found == [("uniform", 1e-3), ("uniform", 2e-3), ("full", 1e-5), ("full", 2e-5)]
+    assert {run.seed for run in tuning_runs(recipe)} == {1000}
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"seedz": [1]}, "seedz"),
+        ({"seedz": [1]}, "'seedz'. Did you mean 'seeds'"),
         ({"seeds": None}, "lacks seeds"),
         ({"seeds": []}, "not empty"),
+        ({"seeds": [1, 1]}, "different whole numbers"),
+        ({"seeds": [True]}, "different whole numbers"),
         ({"schema": "other/1"}, "other/1"),
-        ({"budgets": ["uniform:0"]}, "0"),
-        ({"methods": [{"method": "iguu"}]}, "igu"),
-        ({"methods": [{"method": "igu", "option": {"segmentz": 3}}]}, "segments"),
+        ({"budgets": ["uniform:0"]}, "uniform:0"),
+        ({"budgets": ["lots"]}, "'lots' is not understood"),
+        ({"run": {"model": "tiny-llama", "task": "tiny-lm", "stepz": 3}}, "Did you mean 'steps'"),
+        ({"run": {"model": "tiny-llama", "task": "tiny-lm", "steps": "few"}}, "takes int"),
+        ({"run": {"model": "tiny-llama", "task": "tiny-lm", "seed": 3}}, "axis of the grid"),
+        ({"run": {"task": "tiny-lm"}}, "'model' is missing"),
+        ({"run": {"model": "tiny-llama"}}, "either 'task' or 'data'"),
+        ({"run": {"preset": "pilora-glu-cola", "task": "cola"}}, "pilora-glue-cola"),
+        ({"tasks": "tiny-lm"}, "'tasks' must be a list"),
+        ({"tasks": ["tiny-lm", "tiny-lm"]}, "two tasks labelled 'tiny-lm'"),
+        ({"methods": [{"method": "iguu"}]}, "Did you mean 'igu'"),
+        ({"methods": [{"method": "dorra"}]}, "Did you mean 'dora'"),
+        ({"methods": [{"method": "igu", "option": {"segmentz": 3}}]}, "Did you mean 'segments'"),
+        ({"methods": [{"method": "pissa", "option": {"niters": 3}}]}, "Did you mean 'niter'"),
         ({"methods": [{"method": "igu", "option": {"segments": 0}}]}, "segments"),
-        ({"methods": [{"method": "igu", "options": {}}]}, "option"),
+        ({"methods": [{"method": "igu", "options": {}}]}, "Did you mean 'option'"),
         ({"methods": [{"method": "igu", "option": [1]}]}, "mapping"),
         ({"methods": [{"method": "igu", "option": {"warmup": "one epoch"}}]}, "warmup"),
-        ({"methods": [{"method": "uniform"}, {"method": "uniform"}]}, "uniform"),
+        ({"methods": [{"method": "uniform"}, {"method": "uniform"}]}, "labelled 'uniform'"),
+        ({"methods": [{"method": "gard"}]}, "reference 'uniform' is none of its methods"),
+        ({"reference": "unifrom"}, "Did you mean 'uniform'"),
+        ({"methods": [{"method": "uniform", "budgets": ["uniform:3"]}]}, "none of the recipe's"),
+        ({"learning_rates": [1e-3]}, "no examples are held out"),
+        ({**SEARCH, "learning_rates": [1e-3, 1e-3]}, "different positive numbers"),
+        ({**SEARCH, "learning_rates": [0]}, "different positive numbers"),
+        ({**SEARCH, "tuning_seeds": [3]}, "seed 3 both chooses learning rates and is reported"),
+        (
+            {
+                **SEARCH,
+                "methods": [{"method": "uniform"}, {"method": "full", "learning_rates": [1]}],
+            },
+            "as many trials as the others",
+        ),
     ],
 )
 def test_wrong_recipes_are_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
@@ -148,3 +249,6 @@ def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1\n", encoding="utf-8")
     with pytest.raises(DataError, match="could not be read"):
         read(tmp_path / "broken.yaml")
+    (tmp_path / "code.yaml").write_text("!!python/object/apply:os.getcwd []\n", encoding="utf-8")
+    with pytest.raises(DataError, match="could not be read"):
+        read(tmp_path / "code.yaml")

@@ -25,8 +25,10 @@ from gradrank.session import allocate, base_parameters, model_facts
 _DIRECTIONS = 40
 # The head's size has no part in what an arm does; with one number, tasks share the answer.
 _CLASSES = 2
-# Arms that are built otherwise for short runs; all others share one answer for every length.
+# Arms that are built otherwise for short runs, up to so many steps; all others share one answer for
+# every length.
 _TIMED = frozenset({"lora-dash", "peft-adalora"})
+_LONG = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class Footprint:
     matched: bool = True
 
 
-class _DataNeeded(Exception):
+class _DataNeededError(Exception):
     """An arm has come to the point where it reads data: all that shapes can refuse is passed."""
 
 
@@ -92,8 +94,11 @@ def footprint(question: Question) -> Footprint:
     Returns:
         What it would train. Whatever the arm refuses is raised as it would be in the run.
     """
+    steps = question.steps
     if is_baseline(question.method) and question.method not in _TIMED:
         question = replace(question, steps=None)
+    elif is_baseline(question.method) and steps and "prelaunch" not in dict(question.options):
+        question = replace(question, steps=min(steps, _LONG))
     return _answered(question)
 
 
@@ -102,6 +107,9 @@ def measures(question: Question) -> bool:
 
     Args:
         question: The arm.
+
+    Returns:
+        Whether they do; a baseline's are no plan of ours.
     """
     if is_baseline(question.method):
         return False
@@ -177,7 +185,8 @@ def _moving(method: Any, question: Question, targets: Sequence[Target], spent: i
     if question.steps is not None:
         course.schedule.check(f"method '{question.method}'")
     widest = sum(course.ceilings[target.name] * target.cost for target in targets)
-    peak = max(spent, min(widest, course.allowed(0, widest)))
+    # A second stage may cost more than the first, up to the budget.
+    peak = max(spent, budget, min(widest, course.allowed(0, widest)))
     how = "comes down to the budget" if peak > budget else "moves within the budget"
     return Footprint(budget, peak, False, how)
 
@@ -204,7 +213,7 @@ def _baseline(question: Question) -> Footprint:
             # Libraries remark on odd settings when the run itself begins.
             warnings.simplefilter("ignore")
             built = baseline.build(setting)
-    except _DataNeeded:
+    except _DataNeededError:
         return Footprint(budget, budget, False, "starts from data, within the budget")
     trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
     peak = trained - _head_size(question)
@@ -250,7 +259,7 @@ def _setting(question: Question, model: Any) -> Setting:
 
 
 def _no_batches(_count: int) -> Iterator[Batch]:
-    raise _DataNeeded
+    raise _DataNeededError
 
 
 def _check_eva(setting: Setting) -> None:

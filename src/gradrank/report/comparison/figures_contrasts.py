@@ -10,7 +10,7 @@ from gradrank.report.comparison.strips import Strip, drawable, gapped, reach, st
 from gradrank.report.comparison.view import MARKS, Row, View, label, slug
 from gradrank.report.style import Mark, type_marks
 from gradrank.report.svg import Figure, finish, look
-from gradrank.report.text import plural
+from gradrank.report.text import as_float, plural
 
 _STYLES: Mapping[str, tuple[str, str, bool]] = {  # colour, marker, filled
     "better": ("#0072B2", "^", True),
@@ -141,7 +141,7 @@ def seeds_figure(view: View, task: str, position: int) -> Figure | None:
         "where they run side by side, the seed matters more than the method."
     )
     data = {
-        b: {r.method: {str(e.seed): e.value for e in r.outcomes} for r in group}
+        b: {r.method: {str(e.seed): as_float(e.value) for e in r.outcomes} for r in group}
         for b, group in panels.items()
     }
     name = f"seeds-{slug(position, task)}"
@@ -156,7 +156,7 @@ def _one_seed(ax: Axes, values: Sequence[float | None], mark: Mark) -> None:
 
 
 def _value_of(row: Row, seed: int) -> float | None:
-    return next((each.value for each in row.outcomes if each.seed == seed), None)
+    return next((as_float(each.value) for each in row.outcomes if each.seed == seed), None)
 
 
 def _seed_marks(seeds: Sequence[int]) -> dict[int, Mark]:

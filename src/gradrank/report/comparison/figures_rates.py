@@ -16,6 +16,7 @@ from gradrank.report.text import as_float, number
 
 _CURVE, _CHOSEN, _WARN = "#0072B2", "#000000", "#B04300"
 _ROOM = 0.38
+_MOST_DOTTED = 24
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,9 @@ def _panel(ax: Axes, found: Sequence[Search], higher: bool) -> float:
         curves.add(math.nan, math.nan)
         _beside(ax, row, search)
     # One line with gaps for all curves: a line of its own for each would take most of the time.
-    ax.plot(curves.x, curves.y, color=_CURVE, linewidth=1.3, marker=".", markersize=4)
+    # In a large grid the dots would be most of the page, and the grid lines mark the rates too.
+    dots = "." if len(found) <= _MOST_DOTTED else ""
+    ax.plot(curves.x, curves.y, color=_CURVE, linewidth=1.3, marker=dots, markersize=4)
     ax.plot(gone.x, gone.y, "x", color=_WARN, markersize=5)
     ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": _CHOSEN}
     ax.plot(rings.x, rings.y, "o", markersize=8, clip_on=False, **ring)

@@ -119,11 +119,13 @@ class View:
         source: The comparison.
         rows: All rows, by task, budget and method.
         digits: Decimals of values and differences, by task.
+        unmatched: Methods that are not held to the budget.
     """
 
     source: Comparison
     rows: Sequence[Row]
     digits: Mapping[str, int]
+    unmatched: frozenset[str]
 
     @property
     def tasks(self) -> list[str]:
@@ -145,11 +147,6 @@ class View:
     def reference(self) -> str:
         """Label of the method that the others are compared with."""
         return self.source.reference
-
-    @property
-    def unmatched(self) -> set[str]:
-        """Methods that are not held to the budget."""
-        return {row.method for row in self.rows if not row.cell.matched}
 
     def of(self, task: str, budget: str | None = None) -> list[Row]:
         """Return the rows of a task.
@@ -245,7 +242,8 @@ def read_comparison(source: Comparison) -> View:
         verdict = "reference" if own else found.verdict if found else "not tested"
         rows.append(Row(cell, None if own else found, verdict))
     rows.sort(key=lambda row: (_place(row.task, tasks), _place(row.budget, budgets)))
-    return View(source, tuple(rows), _digits(rows))
+    unmatched = frozenset(row.method for row in rows if not row.cell.matched)
+    return View(source, tuple(rows), _digits(rows), unmatched)
 
 
 def label(text: Any, limit: int = 60) -> str:

@@ -49,7 +49,9 @@ def _shared(counted: Counter[str], tested: int) -> str:
     parts = [f"{count(none)} {'shows' if none == 1 else 'show'} no evidence of a difference"]
     for verdict in ("better", "worse"):
         number = counted[verdict]
-        parts.append(f"{count(number)} {'is' if number == 1 else 'are'} {verdict}")
+        parts.append(
+            f"{count(number) if number else 'none'} {'are' if number > 1 else 'is'} {verdict}"
+        )
     return listed(parts)
 
 
