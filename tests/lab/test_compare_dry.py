@@ -23,7 +23,8 @@ from gradrank.lab.recipes import read
 from gradrank.lab.tiny import TINY_MODELS
 from gradrank.session import allocate, base_parameters, find_targets
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 RUN = {"model": "tiny-llama", "task": "tiny-lm", "steps": 40, "lora_alpha": 16}
 
 
@@ -294,6 +295,15 @@ def test_own_data_is_rehearsed_with_what_was_assumed(tmp_path: Path) -> None:
     assert cell.data.classes == 2
     assert "2 classes are assumed" in cell.data.note
     assert cell.length.examples is None
+
+
+def test_the_example_of_the_page_fits_its_model(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    found = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert found is not None
+    path = tmp_path / "mine.yaml"
+    path.write_text(found[1], encoding="utf-8")
+    assert {cell.task for cell in rehearsal(path).cells} == {"movie-review-lm", "short"}
 
 
 def test_torch_is_left_as_it_was(tmp_path: Path) -> None:

@@ -83,6 +83,14 @@ def test_there_is_a_recipe_for_every_table_and_figure_and_a_small_twin() -> None
     assert len(set(names)) == len(names)
 
 
+def test_the_page_of_recipes_names_them_all() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    # Those of the results have a page of their own.
+    others = {"decoder", "encoder", "vision"}
+    named = [path.stem for path in RECIPES if path.stem.split("-")[0] not in others]
+    assert [name for name in named if f"`{name}`" not in page] == []
+
+
 def variants(recipe: Recipe, option: str) -> list[object]:
     return [v.options[option] for v in recipe.variants if option in v.options]
 

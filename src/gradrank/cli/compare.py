@@ -66,6 +66,20 @@ _RUNNING = "Running"
     help="Only draw the report of what is there.",
 )
 @extra(
+    "Method",
+    "--reference",
+    metavar="LABEL",
+    help="Compare with this line of the recipe instead of the recipe's own reference; no run "
+    "depends on it.",
+)
+@extra(
+    "Method",
+    "--metric",
+    metavar="NAME",
+    help="Report this metric instead of each task's own, where items have it: eval_loss often tells "
+    "more than accuracy. Rates are chosen by the task's own all the same.",
+)
+@extra(
     _RUNNING,
     "--png",
     is_flag=True,
@@ -82,6 +96,8 @@ def command(
     retry_failed: bool,
     dry_run: bool,
     report_only: bool,
+    reference: str | None,
+    metric: str | None,
     png: bool,
     as_json: bool,
     quiet: bool,
@@ -106,6 +122,8 @@ def command(
         data_dir=None if data_dir is None else str(data_dir),
         retry=retry_failed,
         report_only=report_only,
+        reference=reference,
+        metric=metric,
         png=png,
     )
     compare_run.run(asked, console)

@@ -12,6 +12,7 @@ from gradrank.cli.console import Console
 from gradrank.cli.settings import needed
 from gradrank.core.errors import DataError
 from gradrank.evidence.comparison import Comparison
+from gradrank.evidence.metrics import find_metric
 from gradrank.lab.compare.dry import rehearsal
 from gradrank.lab.compare.run import Grid, open_grid
 from gradrank.lab.compare.store import Found
@@ -31,6 +32,8 @@ class Asked:
         data_dir: Folder with public data.
         retry: Whether to try failed runs again.
         report_only: Whether to run nothing.
+        reference: Label to compare with; None: the recipe's.
+        metric: Metric to report; None: each task's own.
         png: Whether to write figures as files too.
     """
 
@@ -40,6 +43,8 @@ class Asked:
     data_dir: str | None = None
     retry: bool = False
     report_only: bool = False
+    reference: str | None = None
+    metric: str | None = None
     png: bool = False
 
 
@@ -58,6 +63,10 @@ def run(asked: Asked, console: Console) -> None:
     with console.working():
         grid = open_grid(asked.recipe, out, asked.data_dir)
         grid.workers, grid.retry, grid.say = asked.workers, asked.retry, console.say
+        if asked.reference is not None:
+            grid.take_reference(asked.reference)
+        if asked.metric is not None:
+            grid.metric = find_metric(asked.metric).name
         if not asked.report_only:
             with _interruptible(grid, console):
                 grid.work()

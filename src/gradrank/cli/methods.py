@@ -6,9 +6,9 @@ import click
 
 from gradrank.cli.console import Console
 from gradrank.cli.options import COMMON, extra, flags
-from gradrank.cli.settings import check_method
 from gradrank.cli.verb import Verb
 from gradrank.core.errors import OptionError
+from gradrank.methods.registry import METHODS
 
 EXAMPLES = """\
 gradrank methods
@@ -29,21 +29,28 @@ gradrank methods --json"""
 )
 @flags(*COMMON)
 def command(name: str | None, presets: bool, as_json: bool, quiet: bool) -> None:
-    """List the methods with their sources; with NAME, one method with its options."""
+    """List the methods with their sources; with NAME, one method with its options.
+
+    Baselines are what 'gradrank compare' runs beside the methods; no other verb takes them.
+    """
     console = Console(as_json, quiet)
-    if name is not None:
-        check_method(name)
-    if presets:
-        _show_presets(name, console)
-        return
     with console.working():
-        rows = describe(name)
+        from gradrank.lab.baselines.registry import PATHS, find_baseline
+
+        if name is not None and name not in PATHS and name not in METHODS:
+            find_baseline(name)  # refuses the name with the nearest one of both kinds
+        if presets:
+            _show_presets(name, console)
+            return
+        rows = [] if name in PATHS else describe(name)
+        others = describe_baselines(name) if name is None or name in PATHS else []
     if name is None:
         _show_all(rows, console)
-        console.result({"methods": rows})
+        _show_baselines(others, console)
+        console.result({"methods": rows, "baselines": others})
     else:
-        _show_one(rows[0], console)
-        console.result(rows[0])
+        _show_one((rows or others)[0], console)
+        console.result((rows or others)[0])
 
 
 def describe(name: str | None = None) -> list[dict[str, Any]]:
@@ -56,7 +63,6 @@ def describe(name: str | None = None) -> list[dict[str, Any]]:
         Per method ``name``, ``summary``, ``source``, ``signals`` and ``options``.
     """
     from gradrank.methods.method import describe_options
-    from gradrank.methods.registry import METHODS
     from gradrank.signals.measure import MeanGradient
 
     rows = []
@@ -76,6 +82,43 @@ def describe(name: str | None = None) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def describe_baselines(name: str | None = None) -> list[dict[str, Any]]:
+    """Return baselines as plain data.
+
+    Args:
+        name: One of them; None: all.
+
+    Returns:
+        Per baseline ``name``, ``summary``, ``source``, ``matched`` (whether it is held to a budget)
+        and ``options``.
+    """
+    from gradrank.lab.baselines.registry import PATHS, find_baseline
+    from gradrank.methods.method import describe_options
+
+    found: list[Any] = [find_baseline(known) for known in ([name] if name else PATHS)]
+    return [
+        {
+            "name": baseline.name,
+            "summary": baseline.summary,
+            "source": baseline.source,
+            "matched": baseline.matched,
+            "options": describe_options(baseline),
+        }
+        for baseline in found
+    ]
+
+
+def _show_baselines(rows: list[dict[str, Any]], console: Console) -> None:
+    from gradrank.cli.tables import table
+
+    cells = [
+        (row["name"], row["summary"], "yes" if row["matched"] else "no", row["source"])
+        for row in rows
+    ]
+    heads = ("baseline", "what it does", "held to the budget", "source")
+    console.show("baselines, for 'gradrank compare':", table("", heads, cells, left=4))
 
 
 def _show_all(rows: list[dict[str, Any]], console: Console) -> None:
@@ -113,14 +156,13 @@ def _show_presets(method: str | None, console: Console) -> None:
 def _show_one(row: dict[str, Any], console: Console) -> None:
     from gradrank.cli.tables import table
 
-    console.show(
-        f"{row['name']}: {row['summary']}",
-        f"source: {row['source']}",
-        f"measures: {', '.join(row['signals']) or 'nothing'}",
-    )
+    console.show(f"{row['name']}: {row['summary']}", f"source: {row['source']}")
+    if "signals" in row:
+        console.show(f"measures: {', '.join(row['signals']) or 'nothing'}")
     cells = [(o["name"], str(o["default"]), o["type"], o["help"]) for o in row["options"]]
     if cells:
         console.show(table("", ("option", "default", "type", "what it does"), cells, left=4))
-        console.show(f"use: --method {row['name']} --option {cells[0][0]}={cells[0][1]}")
+        if "signals" in row:
+            console.show(f"use: --method {row['name']} --option {cells[0][0]}={cells[0][1]}")
     else:
         console.show("no options")

@@ -3,21 +3,23 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
-from gradrank.core.errors import DataError, OutputError
+from gradrank.core.errors import DataError, OptionError, OutputError, nearest
 from gradrank.core.files import write_text
 from gradrank.evidence.comparison import Comparison, compare
+from gradrank.evidence.metrics import METRICS
 from gradrank.lab.compare.grid import GridRun, final_runs, stability_runs, tuning_runs
 from gradrank.lab.compare.pool import Event, Pool
 from gradrank.lab.compare.store import Found, Store
 from gradrank.lab.compare.tuning import chosen_rates
 from gradrank.lab.compare.worker import failed, main
 from gradrank.lab.recipes import Recipe, read
+from gradrank.record import RunRecord
 
 Say = Callable[[str], None]
 
@@ -33,6 +35,7 @@ class Grid:
         workers: Processes.
         retry: Whether runs that failed are tried again.
         say: Receives one line per finished run.
+        metric: Metric to report instead of each task's own.
         stopped: Set it to end after the runs that are being carried out.
     """
 
@@ -42,6 +45,7 @@ class Grid:
     workers: int = 1
     retry: bool = False
     say: Say = lambda _line: None
+    metric: str | None = None
     stopped: bool = False
     _pool: Pool | None = field(default=None, repr=False)
 
@@ -81,6 +85,22 @@ class Grid:
             self._pool.close(kill=killed)
             self._pool = None
 
+    def take_reference(self, label: str) -> None:
+        """Compare with another line than the recipe says.
+
+        Args:
+            label: Its label.
+
+        Raises:
+            OptionError: If the recipe has no such line.
+        """
+        labels = [variant.label for variant in self.recipe.variants]
+        if label not in labels:
+            raise OptionError(
+                f"recipe '{self.recipe.name}' has no method '{label}'. {nearest(label, labels)}"
+            )
+        self.recipe = replace(self.recipe, reference=label)
+
     def stop(self) -> None:
         """Hand out no further run."""
         self.stopped = True
@@ -111,8 +131,16 @@ class Grid:
     def comparison(self) -> tuple[Comparison, Found]:
         """Return what the finished runs are evidence of."""
         found = self.store.read(self.all_runs())
-        records = [found.records[key] for key in sorted(found.records)]
+        records = [self._by_metric(found.records[key]) for key in sorted(found.records)]
         return compare(records, found.excluded, self.recipe.reference), found
+
+    def _by_metric(self, record: RunRecord) -> RunRecord:
+        """Return a record that names the metric that was asked for, where its run has it."""
+        if self.metric is None or self.metric not in record.metrics:
+            return record
+        higher = METRICS[self.metric].higher_is_better
+        about = {**(record.comparison or {}), "metric": self.metric, "higher_is_better": higher}
+        return replace(record, comparison=about)
 
     def missing(self, runs: Sequence[GridRun]) -> list[GridRun]:
         """Return the runs that have no record to stand on.

@@ -284,15 +284,15 @@ def _pairs(
 
 def _replay(view: View) -> Part:
     text = (
-        "Every number here comes from records: one folder per run with its own record.json, which "
-        "holds the full configuration, the seeds and the versions. The CSV file names the runs "
-        "behind each row. The same command in the same folder continues an unfinished grid; what "
+        "Every number here comes from records: one file per run in the folder 'runs', which holds "
+        "the full configuration, the seeds and the versions. The CSV file names the runs behind "
+        "each row. The same command in the same folder continues an unfinished grid; what "
         "is finished is not repeated."
     )
     name = label(view.source.name)
     lines = [
-        "gradrank compare RECIPE.yaml --out FOLDER",
-        "gradrank train --config run.yaml   # one run: its record's 'config', saved as run.yaml",
+        "gradrank compare FOLDER/recipe.yaml --out FOLDER",
+        "gradrank compare FOLDER/recipe.yaml --out FOLDER --report-only --reference random",
     ]
     quote = Quote(f"Recipe: {name}", "\n".join(lines))
     return Part("replay", "Replay", [Paragraph(text), quote])
