@@ -76,8 +76,8 @@ _RUNNING = "Running"
     "Method",
     "--metric",
     metavar="NAME",
-    help="Report this metric instead of each task's own, where items have it: eval_loss often tells "
-    "more than accuracy. Rates are chosen by the task's own all the same.",
+    help="Report this metric instead of each task's own, where runs have it: eval_loss often "
+    "tells more than accuracy. Rates are chosen by the task's own all the same.",
 )
 @extra(
     _RUNNING,

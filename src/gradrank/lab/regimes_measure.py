@@ -17,6 +17,7 @@ from gradrank.signals.measure import MeanGradient, Spectrum
 from gradrank.signals.measurement import Measurement
 
 RANK = 4
+START = "start"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Case:
         """Where gradients are taken, in words."""
         if self.adapter_steps:
             return f"adapter {self.adapter_steps}"
-        return f"head {self.head_steps}" if self.head_steps else "start"
+        return f"head {self.head_steps}" if self.head_steps else START
 
     @property
     def name(self) -> str:

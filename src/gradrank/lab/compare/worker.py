@@ -2,6 +2,7 @@
 
 import time
 import traceback
+import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def main(pipe: Connection, folder: Path, threads: int, data_dir: str | None) -> 
     """
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
+    for library in ("transformers", "peft", "accelerate", "datasets"):
+        warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
     store = Store(folder)
     recipe = read(folder / "recipe.yaml")
     bench = Bench(store.cache, data_dir)
