@@ -1,17 +1,12 @@
 """One self-contained HTML page from records: nothing is fetched, everything is escaped."""
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-
-from gradrank.core.errors import OutputError
-from gradrank.core.files import write_text
 from gradrank.record import RunRecord
 from gradrank.report.blocks import Gallery, Section
 from gradrank.report.reading import read_runs
+from gradrank.report.rendering import render, write_files
 from gradrank.report.sections import all_sections, gather
 from gradrank.report.svg import Figure, known_format
 from gradrank.report.text import clean, listed
@@ -67,28 +62,16 @@ def write(
 
     Returns:
         What was written, the page first.
-
-    Raises:
-        OutputError: If a file exists and may not be replaced.
     """
     kinds = [known_format(name) for name in dict.fromkeys(formats)]
     runs = read_runs(records)
     sections = all_sections(gather(runs))
-    page = Path(path)
-    files: list[tuple[Path, Figure]] = []
+    files: dict[Path, Figure] = {}
     if figures_dir is not None:
         folder = Path(figures_dir)
         drawn = _figures_of(sections)
-        files = [(folder / f"{figure.name}.{kind}", figure) for figure in drawn for kind in kinds]
-    taken = [str(each) for each in (page, *(file for file, _ in files)) if each.exists()]
-    if taken and not overwrite:
-        raise OutputError(
-            f"{listed(taken[:3])} exists already. Choose another name or pass --overwrite."
-        )
-    write_text(page, _render(runs, sections, title), overwrite)
-    for file, figure in files:
-        figure.save(file, overwrite)
-    return [page, *(file for file, _ in files)]
+        files = {folder / f"{figure.name}.{kind}": figure for figure in drawn for kind in kinds}
+    return write_files({Path(path): _render(runs, sections, title)}, files, overwrite)
 
 
 def _figures_of(sections: Sequence[Section]) -> list[Figure]:
@@ -102,30 +85,15 @@ def _figures_of(sections: Sequence[Section]) -> list[Figure]:
 
 
 def _render(runs: Sequence[Run], sections: Sequence[Section], title: str | None) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gradrank.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    script = _asset(environment, "table.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
+        packages=["gradrank.report"],
+        styles=["style.css"],
+        scripts=["table.js"],
+        brand="report",
         title=clean(title) if title else _title(runs),
         sections=sections,
-        style=_asset(environment, "style.css"),
-        script=script,
-        script_digest=digest,
     )
-
-
-def _asset(environment: jinja2.Environment, name: str) -> str:
-    # Read through the loader but not rendered: only files of this package are ever trusted.
-    loader = environment.loader
-    assert loader is not None
-    return loader.get_source(environment, name)[0]
 
 
 def _title(runs: Sequence[Run]) -> str:

@@ -1,21 +1,15 @@
 """One self-contained page for a comparison, with its figures and its table as files."""
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-
-from gradrank.core.errors import OutputError
-from gradrank.core.files import write_text
 from gradrank.evidence.comparison import Comparison
 from gradrank.report.comparison.blocks import Part
 from gradrank.report.comparison.export import to_csv
 from gradrank.report.comparison.sections import Grown, all_parts, figures_of
 from gradrank.report.comparison.view import View, label, read_comparison
+from gradrank.report.rendering import render, write_files
 from gradrank.report.svg import Figure, known_format
-from gradrank.report.text import listed
 
 
 def build_comparison(
@@ -61,9 +55,6 @@ def write_comparison(
 
     Returns:
         What was written: the page, the table, the figures.
-
-    Raises:
-        OutputError: If a file exists and may not be replaced.
     """
     kinds = [known_format(name) for name in dict.fromkeys(formats)]
     view = read_comparison(comparison)
@@ -76,45 +67,16 @@ def write_comparison(
         figures = [figure for part in parts for figure in figures_of(part.blocks)]
         folder = Path(figures_dir)
         drawn = {folder / f"{figure.name}.{kind}": figure for figure in figures for kind in kinds}
-    taken = [str(path) for path in (*texts, *drawn) if path.exists()]
-    if taken and not overwrite:
-        raise OutputError(
-            f"{listed(taken[:3])} exists already. Choose another name or pass --overwrite."
-        )
-    for path, text in texts.items():
-        write_text(path, text, overwrite)
-    for path, figure in drawn.items():
-        figure.save(path, overwrite)
-    return [*texts, *drawn]
+    return write_files(texts, drawn, overwrite)
 
 
 def _render(view: View, parts: Sequence[Part]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(
-            [
-                jinja2.PackageLoader("gradrank.report.comparison", "templates"),
-                jinja2.PackageLoader("gradrank.report", "templates"),
-            ]
-        ),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    script = _asset(environment, "table.js") + _asset(environment, "filter.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    return environment.get_template("comparison.html").render(
+    return render(
+        "comparison.html",
+        packages=["gradrank.report.comparison", "gradrank.report"],
+        styles=["style.css", "comparison.css"],
+        scripts=["table.js", "filter.js"],
+        brand="comparison",
         title=f"Comparison: {label(view.source.name, 100)}",
-        parts=parts,
-        style=_asset(environment, "style.css") + _asset(environment, "comparison.css"),
-        script=script,
-        script_digest=digest,
+        sections=parts,
     )
-
-
-def _asset(environment: jinja2.Environment, name: str) -> str:
-    # Read through the loader but not rendered: only files of this package are ever trusted.
-    loader = environment.loader
-    assert loader is not None
-    return loader.get_source(environment, name)[0]
