@@ -159,6 +159,9 @@ def tasks(rows: Rows) -> Figure:
         ax.plot(told, places, marker=mark.marker, color=mark.color, linestyle="", label=label)
     ax.set_yticks(range(len(cells)), [f"{m}, {p}: {r}" for m, p, r in cells])
     ax.set_ylim(max(len(cells), 1) - 0.4, -0.6)
+    known = [value for told in data.values() for value in told if value is not None]
+    least = min([0.0, *known])
+    ax.set(xlim=(least - 0.02, 1.02))
     ax.set(xlabel="Spearman's correlation of scores within targets of one shape")
     ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2)
     drawn.tight_layout()

@@ -143,6 +143,7 @@ def test_ctrl_c_finishes_the_run_in_hand_and_the_grid_goes_on(tmp_path: Path) ->
     assert process.returncode == 130, stderr
     assert "goes on" in stderr
     assert "Traceback" not in stderr
+    assert "no record" not in stderr
     stopped = records(out)
     assert 1 <= len(stopped) < 4
     assert all(json.loads(text)["status"] == "finished" for text in stopped.values())

@@ -9,7 +9,7 @@ from gradrank.cli.verb import Verb
 
 EXAMPLES = """\
 gradrank compare recipes/small/encoder.yaml --out runs/encoder --workers 2
-gradrank compare recipes/igu-table-1.yaml --dry-run
+gradrank compare recipes/igu-glue.yaml --dry-run
 gradrank compare runs/encoder/recipe.yaml --out runs/encoder --report-only"""
 _RUNNING = "Running"
 

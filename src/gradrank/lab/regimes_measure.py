@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -77,15 +78,15 @@ class Case:
 def _cases() -> tuple[Case, ...]:
     """Return all cases, those that tell most per minute first."""
     texts, lm = ("sst2", "cola", "mrpc"), ("wikitext2", "movie-review-lm")
-    small = {"batch_size": 4, "batches": 16}
+    small: dict[str, Any] = {"batch_size": 4, "batches": 16}
+    points: dict[str, dict[str, Any]] = {
+        "start": {},
+        "head 20": {"head_steps": 20},
+        "head 100": {"head_steps": 100},
+        "adapter": {"adapter_steps": 60},
+    }
     encoder = {
-        at: [Case("minilm-l6", task, **at_point) for task in texts]
-        for at, at_point in (
-            ("start", {}),
-            ("head 20", {"head_steps": 20}),
-            ("head 100", {"head_steps": 100}),
-            ("adapter", {"adapter_steps": 60}),
-        )
+        at: [Case("minilm-l6", task, **point) for task in texts] for at, point in points.items()
     }
     pictures = [
         Case("dinov2-small-focus", "cifar10", head, length=None, **small) for head in (0, 100, 20)
@@ -103,7 +104,7 @@ def _cases() -> tuple[Case, ...]:
 
 
 CASES = _cases()
-_TINY = {"batch_size": 4, "batches": 8, "length": 16, "seeds": (0, 1)}
+_TINY: dict[str, Any] = {"batch_size": 4, "batches": 8, "length": 16, "seeds": (0, 1)}
 QUICK = (
     Case("tiny-bert", "tiny-sentiment", **_TINY),
     Case("tiny-bert", "tiny-sentiment", 3, **_TINY),

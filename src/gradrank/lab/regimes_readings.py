@@ -112,7 +112,7 @@ def read_pass(case: Case, seed: int, taken: Pass) -> dict[str, Any]:
 
 
 def _read(
-    name: str, method: Any, targets: Sequence[Target], measurement: Measurement
+    name: str, method: Any, targets: tuple[Target, ...], measurement: Measurement
 ) -> dict[str, Any]:
     # The effective rank has no use for the mean gradient, which knows one split into halves only.
     if name != WATERFILL:

@@ -46,7 +46,9 @@ class Stopper:
         """Take the signals over, and return this object."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._on_signal)
+                # Who ignores a signal (a worker of a grid, a job of nohup) means it.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(

@@ -4,6 +4,7 @@ A file holds what one table of a paper says: keys of ``gradrank train --config``
 columns share, and per column the keys in which it differs.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -33,6 +34,7 @@ class Preset:
     run: Mapping[str, Any]
 
 
+@functools.cache
 def presets() -> dict[str, Preset]:
     """Return every preset by name, in the order of the papers' tables."""
     found: dict[str, Preset] = {}
