@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/studies/regimes.json"))
     parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
     parser.add_argument("--page", type=Path, default=Path("docs/studies/regimes.md"))
-    parser.add_argument("--minutes", type=float, default=None, help="begin no pass after so many")
+    parser.add_argument("--minutes", type=float, default=None, help="measure nothing after so many")
     parser.add_argument("--redraw", action="store_true", help="figures and tables from the results")
     args = parser.parse_args(arguments)
     if args.quick:

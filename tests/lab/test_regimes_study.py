@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 
 from gradrank.core.errors import DataError
 from gradrank.core.files import read_json, write_json
@@ -112,6 +113,23 @@ def test_between_seeds_is_the_evidence_of_stability(
     assert told["seeds_within"] == within_shapes(targets, *scores)
 
 
+def test_readings_are_compared_with_the_norm_of_the_same_calibration(
+    found: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    case = QUICK[2]
+    wanted = []
+    for seed in case.seeds:
+        sides = [
+            from_text(rows_of(found, case, seed, batches=8, reading=name)[0]["scores"])
+            for name in (STABLE, NORM)
+        ]
+        wanted.append(stats.spearmanr(*sides).statistic)  # pyright: ignore
+    told = {row["reading"]: row["with_norm"] for row in pick(rows, model=case.model, whole=True)}
+    assert told[NORM] == pytest.approx(1)
+    (row,) = pick(rows, model=case.model, point="start", whole=True, reading=STABLE)
+    assert row["with_norm"] == pytest.approx(sum(wanted) / len(wanted))
+
+
 def test_equal_scores_move_nothing_and_agree(found: dict[str, Any]) -> None:
     flat = {**found, "passes": {}}
     for key, told in found["passes"].items():
@@ -192,10 +210,13 @@ def test_what_is_there_is_not_measured_again(
     assert again["missing"] == {}
     taken.clear()
     first = folder / "none.json"
-    late = collect(QUICK, first, bench, folder, minutes=-1)
+    late = collect(QUICK, first, bench, folder / "empty", minutes=-1)
     assert not taken
     assert set(late["missing"].values()) == {"not run yet"}
     assert read_json(first, "study") == late
+    cached = collect(QUICK, first, bench, folder, minutes=-1)
+    assert cached["passes"] == found["passes"]
+    assert cached["missing"] == {}
 
 
 def test_a_damaged_measurement_is_taken_again(folder: Path, bench: Bench) -> None:

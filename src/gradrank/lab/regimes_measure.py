@@ -126,6 +126,17 @@ class Pass:
     loss: float
 
 
+def kept(case: Case, seed: int, cache: Path) -> Path:
+    """Return where a measurement is kept.
+
+    Args:
+        case: What is measured.
+        seed: Which of its seeds.
+        cache: Folder of measurements.
+    """
+    return cache / f"{case.name} seed {seed}.safetensors".replace(" ", "_")
+
+
 def take(case: Case, seed: int, bench: Bench, cache: Path) -> Pass:
     """Measure, or read what was measured before.
 
@@ -138,7 +149,7 @@ def take(case: Case, seed: int, bench: Bench, cache: Path) -> Pass:
     Returns:
         The calibration.
     """
-    path = cache / f"{case.name} seed {seed}.safetensors".replace(" ", "_")
+    path = kept(case, seed, cache)
     if path.is_file():
         try:
             found = Measurement.load(path)

@@ -15,8 +15,15 @@ from gradrank.core.targets import Target
 from gradrank.evidence.stability import rank_agreement, share_in_common
 from gradrank.lab.compare.bench import Bench
 from gradrank.lab.regimes import correlation, crossed, explain, mean, variation, within_shapes
-from gradrank.lab.regimes_measure import START, Case, take
-from gradrank.lab.regimes_readings import BUDGETS, MAGNITUDES, from_text, planned, read_pass
+from gradrank.lab.regimes_measure import START, Case, kept, take
+from gradrank.lab.regimes_readings import (
+    BUDGETS,
+    MAGNITUDES,
+    NORM,
+    from_text,
+    planned,
+    read_pass,
+)
 from gradrank.ops.agreement import spearman
 
 SCHEMA = "gradrank.study-regimes/1"
@@ -40,7 +47,7 @@ def collect(
         out: File of the results.
         bench: Loads models and data.
         cache: Folder of measurements.
-        minutes: No pass is begun later than this.
+        minutes: Nothing is measured later than this; measurements in the cache are still read.
         say: Receives a line for each pass.
 
     Returns:
@@ -59,6 +66,7 @@ def collect(
             if key in found["passes"]:
                 continue
             late = minutes is not None and time.monotonic() - started > 60 * minutes
+            late = late and not kept(case, seed, cache).is_file()
             gone = (case.model, case.task) in absent
             if late or gone:
                 found["missing"][key] = _ABSENT if gone else "not run yet"
@@ -102,6 +110,7 @@ def summarise(found: Found) -> list[Row]:
         - Spearman's correlation of scores: ``seeds_all`` between seeds over all targets, and
           within shapes ``seeds_within`` between seeds, ``tasks_within`` with another task and
           ``start_within`` with the start of the same task, both with another seed;
+        - ``with_norm``: Spearman's correlation with the gradient norm of the same calibration;
         - ``explained``, ``adjusted``: R² of a fit by module type and depth; ``rest_seeds``,
           ``rest_tasks``: correlation of what that fit leaves, between seeds and between tasks.
     """
@@ -122,6 +131,7 @@ def summarise(found: Found) -> list[Row]:
                 "seeds": len(cell.rows),
                 **cell.alone(),
                 **cell.between_seeds(),
+                "with_norm": cell.agreement(cells.get((case, batches, group, NORM))),
                 **cell.between_tasks(
                     _others(found, cells, case, (batches, group, reading), "task")
                 ),
@@ -213,6 +223,13 @@ class _Cell:
                 for budget, spent in self.spent.items()
             },
         }
+
+    def agreement(self, other: "_Cell | None") -> float | None:
+        """Return how far another reading of the same calibrations agrees, over all targets."""
+        if other is None:
+            return None
+        sides = [(self.scores[seed], other.scores[seed]) for seed in self.scores]
+        return mean([spearman(torch.tensor(a), torch.tensor(b)) for a, b in sides])
 
     def between_tasks(self, others: Sequence["_Cell"]) -> Row:
         """Return how far another task agrees, with another seed."""

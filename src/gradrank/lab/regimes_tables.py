@@ -93,6 +93,7 @@ def _readings(rows: Rows) -> str:
     head = (
         "model", "reading", "saturation", "variation of scores", "ranks not uniform's, :1, :8",
         "moved from uniform, :1, :8", "changed by the seed, :1, :8", "split halves within shapes",
+        "correlation with the gradient norm",
     )  # fmt: skip
     order = [gard(e, centred) for centred in (False, True) for e in ENERGIES]
     lines = []
@@ -108,6 +109,7 @@ def _readings(rows: Rows) -> str:
                         number(average(chosen, "cv")),
                         *(_both(chosen, key) for key in ("differs", "moved", "changed")),
                         number(average(chosen, "split_half_within")),
+                        number(average(chosen, "with_norm")),
                     )
                 )
     return markdown(head, lines)

@@ -94,15 +94,15 @@ class RunRecord:
 
     ``comparison`` holds ``recipe``, ``about``, ``source`` (of the recipe), ``phase`` (``tune``,
     ``final`` or ``stability``), ``task``, ``method`` (the label), ``budget`` (as in the recipe),
-    ``seed``, ``lr``, ``metric`` (the one that counts), ``higher_is_better``, ``matched`` (whether the
-    arm is held to the budget), ``notes`` (a list of texts) and ``message`` (of a failed run).
+    ``seed``, ``lr``, ``metric`` (the one that counts), ``higher_is_better``, ``matched`` (whether
+    the arm is held to the budget), ``notes`` (texts) and ``message`` (of a failed run).
 
     ``items`` holds ``kind`` and lists of one length, one entry per item in the order of the split:
 
     - ``tokens``: ``nll`` (summed over the block, nats) and ``count`` (predicted tokens).
     - ``classes``: ``expected`` and ``predicted`` (class indices), ``nll`` (nats).
-    - ``answers``: ``expected`` and ``predicted`` (texts; an empty one: no answer was found), ``nll``
-      and ``count`` of the reference answer, and, where a task has parts, ``group`` (texts).
+    - ``answers``: ``expected`` and ``predicted`` (texts; an empty one: no answer was found),
+      ``nll`` and ``count`` of the reference answer, and, where a task has parts, ``group`` (texts).
 
     Older records lack some or all of these.
     """
