@@ -140,7 +140,8 @@ def batches(rows: Rows) -> Figure:
 @look()
 def tasks(rows: Rows) -> Figure:
     """Draw agreement between seeds beside agreement between tasks."""
-    cells, data = [], {}
+    cells: list[tuple[str, str, str]] = []
+    data: dict[str, Any] = {}
     for row in pick(rows, whole=True):
         known = row["tasks_within"] is not None and row["reading"] in FEW
         if known and (name := (row["model"], row["point"], row["reading"])) not in cells:
@@ -150,7 +151,7 @@ def tasks(rows: Rows) -> Figure:
     kinds = {"seeds_within": "another seed", "tasks_within": "another task and seed"}
     marks = type_marks(list(kinds.values()))
     for key, label in kinds.items():
-        told = [
+        told: Any = [
             average(pick(rows, whole=True, model=m, point=p, reading=r), key) for m, p, r in cells
         ]
         data[label] = told

@@ -1,5 +1,6 @@
 """What a worker process does: carry runs out, one after the other, and save their records."""
 
+import gc
 import time
 import traceback
 import warnings
@@ -69,6 +70,10 @@ def _work(run: GridRun, recipe: Recipe, bench: Bench, store: Store, pipe: Connec
     if record.status == "interrupted":
         return
     store.save(run, record)
+    # Wrapped models are full of cycles; the next run wants their memory.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def failed(run: GridRun, recipe: Recipe, message: str) -> RunRecord:
