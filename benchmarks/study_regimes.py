@@ -128,10 +128,12 @@ def batches(rows: Rows) -> Figure:
         ax.set_xscale("log")
         ax.set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.set(xlabel="mini-batches M", title=reading, ylim=(0, None))
+        ax.set(xlabel="mini-batches M", title=reading)
         percent_ticks(ax.yaxis)
+    # Only now: the axis is shared, and what is drawn later may be taller.
+    drawn.axes[0].set_ylim(0, None)
     drawn.axes[0].set_ylabel(f"share of the parameters, {USUAL}")
-    drawn.axes[0].legend(loc="upper right")
+    drawn.axes[0].legend(loc="upper left")
     drawn.tight_layout()
     caption = "Solid: moved away from uniform. Dashed: changed by another calibration seed."
     return finish(drawn, "regimes-batches", "Plans over the number of mini-batches", caption, data)

@@ -1,13 +1,17 @@
-"""From a plan to what the Trainer needs: the callback that moves capacity, and the task head."""
+"""From a plan to what the Trainer needs: what moves capacity, the task head, the scale."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from gradrank.callback import CapacityCallback
 from gradrank.core.budget import Budget
+from gradrank.core.errors import BudgetError
 from gradrank.core.plan import Plan
+from gradrank.core.targets import Target
 from gradrank.methods.registry import METHODS, create
+from gradrank.session import allocate
 
 _HEAD_NAMES = ("score", "classifier", "classification_head")
 
@@ -58,3 +62,30 @@ def head_options(model: nn.Module, head: str) -> dict[str, Any]:
     if head == "classification":
         options["task_type"] = "SEQ_CLS"
     return options
+
+
+def shared_scale(
+    targets: Sequence[Target], budget: str, base: int, scaling: float | None, alpha: float
+) -> float:
+    """Return the scale that all arms of a budget share.
+
+    Args:
+        targets: The targets.
+        budget: As in the recipe.
+        base: Parameters of the base model.
+        scaling: The recipe's own; None: ``alpha`` by the rank of uniform LoRA.
+        alpha: ``lora_alpha``.
+
+    Raises:
+        BudgetError: If uniform LoRA does not exist at the budget, and the recipe names no scale.
+    """
+    if scaling is not None:
+        return scaling
+    try:
+        plan = allocate(targets, "uniform", budget, provenance={"base_parameters": base})
+    except BudgetError as error:
+        raise BudgetError(
+            f"the arms' common scale is 'lora_alpha' by uniform LoRA's rank, and there is none: "
+            f"{error} Or set 'scaling' under 'run', which is then the scale at every budget."
+        ) from error
+    return alpha / plan.reference_rank

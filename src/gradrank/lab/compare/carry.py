@@ -14,9 +14,8 @@ import torch
 from gradrank.core.budget import Budget
 from gradrank.core.errors import GradrankError
 from gradrank.core.plan import Plan
-from gradrank.core.targets import cost_of_rank_one
 from gradrank.evidence.metrics import METRICS
-from gradrank.lab.arms import head_modules, head_options, moving
+from gradrank.lab.arms import head_modules, head_options, moving, shared_scale
 from gradrank.lab.baselines.arm import Built, Setting
 from gradrank.lab.baselines.registry import create_baseline, is_baseline
 from gradrank.lab.compare.bench import Bench, Loaded
@@ -201,12 +200,8 @@ class _Arm:
 
     def scaling(self) -> float:
         """Return the scale that all arms of the run's budget share."""
-        config = self.run.config
-        if config.scaling is not None:
-            return config.scaling
-        # The rank of uniform LoRA that spends the budget, which need not exist below rank 1.
-        whole = cost_of_rank_one(self.targets)
-        return config.lora_alpha / max(1, round(self.budget / whole))
+        config, base = self.run.config, base_parameters(self.model)
+        return shared_scale(self.targets, self.run.budget, base, config.scaling, config.lora_alpha)
 
     def _uniform(self, parameters: int) -> Plan:
         facts = model_facts(self.model, self.run.config.targets)

@@ -7,6 +7,7 @@ from typing import Any
 
 from gradrank.core.errors import GradrankError, OptionError
 from gradrank.core.targets import cost_of_rank_one
+from gradrank.lab.arms import shared_scale
 from gradrank.lab.compare.config import RunConfig
 from gradrank.lab.compare.dry_arms import (
     Footprint,
@@ -14,7 +15,6 @@ from gradrank.lab.compare.dry_arms import (
     footprint,
     measures,
     resolved,
-    shared_scale,
 )
 from gradrank.lab.compare.dry_models import Outline, outline
 from gradrank.lab.compare.dry_tasks import Length, TaskOutline, length, task_outline

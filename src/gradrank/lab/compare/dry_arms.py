@@ -12,7 +12,7 @@ from gradrank.core.budget import Budget
 from gradrank.core.errors import BudgetError, OptionError
 from gradrank.core.plan import Plan, PlannedTarget
 from gradrank.core.targets import Target
-from gradrank.lab.arms import head_modules, head_options
+from gradrank.lab.arms import head_modules, head_options, shared_scale
 from gradrank.lab.baselines.arm import Batch, Setting
 from gradrank.lab.baselines.registry import create_baseline, is_baseline
 from gradrank.lab.compare.dry_models import empty_model, outline, quietly
@@ -121,33 +121,6 @@ def _answered(question: Question) -> Footprint:
     if is_baseline(question.method):
         return _baseline(question)
     return _method(question)
-
-
-def shared_scale(
-    targets: Sequence[Target], budget: str, base: int, scaling: float | None, alpha: float
-) -> float:
-    """Return the scale that all arms of a budget share.
-
-    Args:
-        targets: The targets.
-        budget: As in the recipe.
-        base: Parameters of the base model.
-        scaling: The recipe's own; None: ``alpha`` by the rank of uniform LoRA.
-        alpha: ``lora_alpha``.
-
-    Raises:
-        BudgetError: If uniform LoRA does not exist at the budget, and the recipe names no scale.
-    """
-    if scaling is not None:
-        return scaling
-    try:
-        plan = allocate(targets, "uniform", budget, provenance={"base_parameters": base})
-    except BudgetError as error:
-        raise BudgetError(
-            f"the arms' common scale is 'lora_alpha' by uniform LoRA's rank, and there is none: "
-            f"{error} Or set 'scaling' under 'run', which is then the scale at every budget."
-        ) from error
-    return alpha / plan.reference_rank
 
 
 def _method(question: Question) -> Footprint:
