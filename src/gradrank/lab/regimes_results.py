@@ -102,7 +102,7 @@ def summarise(found: Found) -> list[Row]:
         measures, None where they do not exist:
 
         - ``saturation``, ``cv``, ``split_half``, ``split_half_within``: means over seeds;
-        - by budget, ``cv_ranks``, ``differs`` (share of targets whose rank is not uniform's),
+        - by budget (``uniform:8`` alone where not ``whole``), ``cv_ranks``, ``differs`` (share of targets whose rank is not uniform's),
           ``moved`` (share of the parameters that lie elsewhere than uniform's), ``plans``
           (Spearman's correlation of two seeds' plans), ``changed`` (share of the parameters that
           another seed puts elsewhere) and ``changed_task`` (that another task, with another
@@ -117,7 +117,9 @@ def summarise(found: Found) -> list[Row]:
     cells: dict[_Key, _Cell] = {}
     for key, by_seed in _scores(found).items():
         entries = found["targets"][found["cases"][key[0]]["model"]]
-        cells[key] = _Cell([Target(*entry) for entry in entries], key[3], by_seed)
+        # Plans take most of the time; of smaller views one budget says enough.
+        budgets = BUDGETS if _is_whole(found["cases"][key[0]], key[1], key[2]) else BUDGETS[-1:]
+        cells[key] = _Cell([Target(*entry) for entry in entries], key[3], by_seed, budgets)
     rows = []
     for (case, batches, group, reading), cell in cells.items():
         told = found["cases"][case]
@@ -126,7 +128,7 @@ def summarise(found: Found) -> list[Row]:
                 **{key: told[key] for key in ("model", "task", "point")},
                 "batches": batches,
                 "size": group * told["batch_size"],
-                "whole": (batches, group) == (told["batches"], 1),
+                "whole": _is_whole(told, batches, group),
                 "reading": reading,
                 "seeds": len(cell.rows),
                 **cell.alone(),
@@ -151,7 +153,8 @@ def _others(
 ) -> list["_Cell"]:
     """Return the same reading of cases that differ in one thing: the task, or being the start."""
     told = found["cases"][case]
-    free = {"task"} if by == "task" else {"point", "lr"}
+    # A task brings its own length of texts; a point its own way to get there.
+    free = {"task", "length"} if by == "task" else {"point", "lr"}
     same = {key: value for key, value in told.items() if key not in free}
     return [
         cells[other, *view]
@@ -166,7 +169,13 @@ def _others(
 class _Cell:
     """One reading of one case in one view: scores, plans and fits by seed."""
 
-    def __init__(self, targets: Sequence[Target], reading: str, rows: Mapping[int, Row]) -> None:
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        reading: str,
+        rows: Mapping[int, Row],
+        budgets: Sequence[str],
+    ) -> None:
         self.targets, self.rows = targets, rows
         self.scores = {seed: from_text(row["scores"]) for seed, row in rows.items()}
         logs = reading in MAGNITUDES and all(min(s) > 0 for s in self.scores.values())
@@ -177,7 +186,7 @@ class _Cell:
         self.rest = {seed: fit.residuals for seed, fit in self.fits.items()}
         self.plans = {
             budget: {seed: planned(row, targets, budget) for seed, row in rows.items()}
-            for budget in BUDGETS
+            for budget in budgets
         }
         self.spent = {
             budget: {seed: self._spent(plan) for seed, plan in plans.items()}
@@ -269,6 +278,10 @@ def _scores(found: Found) -> dict[_Key, dict[int, Row]]:
             key = (told["case"], row["batches"], row["group"], row["reading"])
             table.setdefault(key, {})[told["seed"]] = row
     return table
+
+
+def _is_whole(case: Mapping[str, Any], batches: int, group: int) -> bool:
+    return (batches, group) == (case["batches"], 1)
 
 
 def _elsewhere(first: Mapping[str, int], second: Mapping[str, int]) -> float | None:

@@ -25,6 +25,7 @@ def tables(found: Found, rows: Rows) -> dict[str, str]:
     return {
         "cases": _cases(found),
         "readings": _readings(rows),
+        "each": _each(rows),
         "batches": _batches(rows),
         "sizes": _sizes(rows),
         "points": _points(rows),
@@ -110,6 +111,35 @@ def _readings(rows: Rows) -> str:
                         *(_both(chosen, key) for key in ("differs", "moved", "changed")),
                         number(average(chosen, "split_half_within")),
                         number(average(chosen, "with_norm")),
+                    )
+                )
+    return markdown(head, lines)
+
+
+def _each(rows: Rows) -> str:
+    head = (
+        "model", "task", "reading", "saturation", "variation of scores", "moved, changed",
+        "seeds within shapes", "split halves within shapes", "correlation with the gradient norm",
+    )  # fmt: skip
+    wanted = (gard(0.9), gard(0.9, True), gard(0.5), gard(0.5, True), NORM, WATERFILL)
+    start = pick(rows, point=START, whole=True)
+    lines = []
+    for model, task in dict.fromkeys((row["model"], row["task"]) for row in start):
+        for reading in wanted:
+            chosen = pick(start, model=model, task=task, reading=reading)
+            if chosen:
+                lines.append(
+                    (
+                        model,
+                        task,
+                        reading,
+                        percent(average(chosen, "saturation")),
+                        number(average(chosen, "cv")),
+                        _moved_changed(chosen),
+                        *(
+                            number(average(chosen, key))
+                            for key in ("seeds_within", "split_half_within", "with_norm")
+                        ),
                     )
                 )
     return markdown(head, lines)

@@ -99,10 +99,7 @@ class Bench:
         Returns:
             Both.
         """
-        key = _key(config, _DATA) + split
-        if key not in self._examples:
-            self._examples[key] = read_examples(self._spec(config, split))
-        examples = self._examples[key]
+        key, examples = _key(config, _DATA) + split, self.examples(config, split)
         loaded = resolve_model(
             config.model,
             examples.head,
@@ -116,6 +113,21 @@ class Bench:
         if encoded not in self._encoded:
             self._encoded[encoded] = load_task_data(examples, loaded, config.max_length)
         return Loaded(loaded, self._encoded[encoded])
+
+    def examples(self, config: RunConfig, split: str) -> Examples:
+        """Read the data of a task, once.
+
+        Args:
+            config: The run's settings.
+            split: ``test`` or ``validation``.
+
+        Returns:
+            The examples.
+        """
+        key = _key(config, _DATA) + split
+        if key not in self._examples:
+            self._examples[key] = read_examples(self._spec(config, split))
+        return self._examples[key]
 
     def measurement(
         self, fresh: Loaded, config: RunConfig, signals: Sequence[Signal], seed: int

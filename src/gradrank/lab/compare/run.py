@@ -13,6 +13,7 @@ from gradrank.core.errors import DataError, OptionError, OutputError, nearest
 from gradrank.core.files import write_text
 from gradrank.evidence.comparison import Comparison, compare
 from gradrank.evidence.metrics import METRICS
+from gradrank.lab.compare.bench import Bench
 from gradrank.lab.compare.grid import GridRun, final_runs, stability_runs, tuning_runs
 from gradrank.lab.compare.pool import Event, Pool
 from gradrank.lab.compare.store import Found, Store
@@ -55,6 +56,7 @@ class Grid:
         Raises:
             OutputError: If another process works on the same grid.
         """
+        self._check_data()
         lock = FileLock(str(self.store.folder / ".lock"), timeout=0)
         try:
             with lock:
@@ -155,6 +157,13 @@ class Grid:
         kept = {"finished"} if self.retry else {"finished", "failed"}
         records = found.records
         return [r for r in runs if r.id not in records or records[r.id].status not in kept]
+
+    def _check_data(self) -> None:
+        """Read every task's data once: what is missing is told now, and not by each run."""
+        for task in self.recipe.tasks:
+            bench = Bench(self.store.cache, self.data_dir)
+            for config in {self.recipe.config(task, variant) for variant in self.recipe.variants}:
+                bench.examples(config, "validation" if config.validation else "test")
 
     def _phase(self, runs: list[GridRun]) -> None:
         missing = self.missing(runs)
