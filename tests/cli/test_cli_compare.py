@@ -80,6 +80,7 @@ def records(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_grid_goes_on_and_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     recipe, out = written(tmp_path), tmp_path / "grid"
     process = started(recipe, out)

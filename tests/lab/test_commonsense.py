@@ -196,7 +196,7 @@ def test_data_set_without_training_split_is_refused(tmp_path):
     assert "'commonsense/piqa/train.json'" in told
     assert f"in '{tmp_path}'" in told
     assert "LLM-Adapters repository" in told
-    assert "data_dir or GRADRANK_DATA" in told
+    assert "--data-dir or GRADRANK_DATA" in told
 
 
 def test_data_set_that_is_nowhere_is_refused():

@@ -8,6 +8,7 @@ from gradrank.cli.console import Console
 from gradrank.cli.options import COMMON, extra, flags
 from gradrank.cli.verb import Verb
 from gradrank.core.errors import OptionError
+from gradrank.lab.baselines.registry import PATHS, find_baseline
 from gradrank.methods.registry import METHODS
 
 EXAMPLES = """\
@@ -34,14 +35,12 @@ def command(name: str | None, presets: bool, as_json: bool, quiet: bool) -> None
     Baselines are what 'gradrank compare' runs beside the methods; no other verb takes them.
     """
     console = Console(as_json, quiet)
+    if name is not None and name not in PATHS and name not in METHODS:
+        find_baseline(name)  # refuses the name with the nearest one of both kinds
+    if presets:
+        _show_presets(name, console)
+        return
     with console.working():
-        from gradrank.lab.baselines.registry import PATHS, find_baseline
-
-        if name is not None and name not in PATHS and name not in METHODS:
-            find_baseline(name)  # refuses the name with the nearest one of both kinds
-        if presets:
-            _show_presets(name, console)
-            return
         rows = [] if name in PATHS else describe(name)
         others = describe_baselines(name) if name is None or name in PATHS else []
     if name is None:
@@ -94,7 +93,6 @@ def describe_baselines(name: str | None = None) -> list[dict[str, Any]]:
         Per baseline ``name``, ``summary``, ``source``, ``matched`` (whether it is held to a budget)
         and ``options``.
     """
-    from gradrank.lab.baselines.registry import PATHS, find_baseline
     from gradrank.methods.method import describe_options
 
     found: list[Any] = [find_baseline(known) for known in ([name] if name else PATHS)]

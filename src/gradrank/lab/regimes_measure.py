@@ -61,6 +61,18 @@ class Case:
         size = f"{self.batches}x{self.batch_size}x{self.length or 'picture'}"
         return f"{self.model} {self.task} {self.point} {size}"
 
+    def told(self) -> dict[str, Any]:
+        """Return what the results say of the case; seeds are told by its passes."""
+        return {
+            "model": self.model,
+            "task": self.task,
+            "point": self.point,
+            "batch_size": self.batch_size,
+            "batches": self.batches,
+            "length": self.length,
+            "lr": self.lr,
+        }
+
     def config(self) -> RunConfig:
         """Return the settings by which model and data are loaded."""
         return RunConfig(

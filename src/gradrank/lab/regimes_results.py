@@ -60,7 +60,7 @@ def collect(
     found["missing"] = {}
     started, absent = time.monotonic(), set()
     for case in cases:
-        found["cases"][case.name] = _told(case)
+        found["cases"][case.name] = case.told()
         for seed in case.seeds:
             key = f"{case.name} seed {seed}"
             if key in found["passes"]:
@@ -102,7 +102,8 @@ def summarise(found: Found) -> list[Row]:
         measures, None where they do not exist:
 
         - ``saturation``, ``cv``, ``split_half``, ``split_half_within``: means over seeds;
-        - by budget (``uniform:8`` alone where not ``whole``), ``cv_ranks``, ``differs`` (share of targets whose rank is not uniform's),
+        - by budget (``uniform:8`` alone where not ``whole``), ``cv_ranks``, ``differs`` (share of
+          targets whose rank is not uniform's),
           ``moved`` (share of the parameters that lie elsewhere than uniform's), ``plans``
           (Spearman's correlation of two seeds' plans), ``changed`` (share of the parameters that
           another seed puts elsewhere) and ``changed_task`` (that another task, with another
@@ -287,18 +288,6 @@ def _is_whole(case: Mapping[str, Any], batches: int, group: int) -> bool:
 def _elsewhere(first: Mapping[str, int], second: Mapping[str, int]) -> float | None:
     share = share_in_common(first, second)
     return None if share is None else 1 - share
-
-
-def _told(case: Case) -> Row:
-    return {
-        "model": case.model,
-        "task": case.task,
-        "point": case.point,
-        "batch_size": case.batch_size,
-        "batches": case.batches,
-        "length": case.length,
-        "lr": case.lr,
-    }
 
 
 def _say(say: Callable[[str], None] | None, text: str) -> None:

@@ -1,6 +1,7 @@
 """Tables of the study of regimes, for its page."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from gradrank.lab.pages import markdown
@@ -194,29 +195,37 @@ def _views(rows: Rows, keep: Callable[[Mapping[str, Any], int], bool]) -> str:
 
 def _points(rows: Rows) -> str:
     head = (
-        "model", "point", "reading", "saturation", "moved, changed by the seed",
+        "model, tasks", "point", "reading", "saturation", "moved, changed by the seed",
         "changed against the start", "seeds within shapes", "with the start within shapes",
     )  # fmt: skip
     lines = []
     for model in models_of(rows):
-        points = list(dict.fromkeys(row["point"] for row in pick(rows, model=model)))
+        its = pick(rows, model=model, whole=True)
+        points = list(dict.fromkeys(row["point"] for row in its))
+        seen = {(row["task"], row["point"]) for row in its}
+        # Points are compared on the same tasks: those that were measured at all of them.
+        tasks = [
+            task
+            for task in dict.fromkeys(row["task"] for row in its)
+            if all((task, point) in seen for point in points)
+        ]
         if len(points) < 2:
             continue
-        for reading in FEW:
-            for point in points:
-                chosen = pick(rows, model=model, point=point, reading=reading, whole=True)
-                lines.append(
-                    (
-                        model,
-                        point,
-                        reading,
-                        percent(average(chosen, "saturation")),
-                        _moved_changed(chosen),
-                        percent(average(chosen, "changed_start", USUAL)),
-                        number(average(chosen, "seeds_within")),
-                        number(average(chosen, "start_within")),
-                    )
+        for reading, point in product(FEW, points):
+            found = pick(its, point=point, reading=reading)
+            chosen = [row for row in found if row["task"] in tasks]
+            lines.append(
+                (
+                    f"{model}, {', '.join(tasks)}",
+                    point,
+                    reading,
+                    percent(average(chosen, "saturation")),
+                    _moved_changed(chosen),
+                    percent(average(chosen, "changed_start", USUAL)),
+                    number(average(chosen, "seeds_within")),
+                    number(average(chosen, "start_within")),
                 )
+            )
     return markdown(head, lines)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradrank.core.errors import OptionError, nearest
-from gradrank.methods.method import build
 from gradrank.methods.registry import METHODS
 
 _HERE = "gradrank.lab.baselines"
@@ -65,4 +64,6 @@ def create_baseline(name: str, options: Mapping[str, Any] | None = None) -> Any:
     Returns:
         The baseline.
     """
-    return build(find_baseline(name), options or {})
+    # Looked up before the protocol's module, so that an unknown name costs no import of torch.
+    found = find_baseline(name)
+    return importlib.import_module("gradrank.methods.method").build(found, options or {})

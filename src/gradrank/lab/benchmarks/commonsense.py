@@ -242,7 +242,7 @@ def _missing(task: str, split: str, where: Where, folder: str, note: str) -> str
         f"task '{task}' lacks the {split} split. Looked for {files} (or without 'commonsense/'; or "
         f"with '.gz') in {places}.{note} The LLM-Adapters repository on GitHub has these files: "
         f"the splits in its folder 'dataset', the mixture '{MIXTURE_FILE}' in 'ft-training_set'. "
-        f"Put them in a folder and name it with data_dir or {VARIABLE}."
+        f"Put them in a folder and name it with --data-dir or {VARIABLE}."
     )
 
 

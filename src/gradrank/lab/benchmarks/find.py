@@ -80,6 +80,6 @@ def from_hub(task: str, hub: str, where: Where, wanted: str, read: Callable[[], 
         places = " and ".join(folders) or f"no local folder (data_dir and {VARIABLE} are not set)"
         raise DataError(
             f"the data of task '{task}' is not there. Looked in {places} for {wanted}. The public "
-            f"hub: {error} Put the files into a folder and name it with data_dir or {VARIABLE}, or "
-            f"run once with the network and the package 'datasets' installed."
+            f"hub: {error} Put the files into a folder and name it with --data-dir or {VARIABLE}, "
+            f"or run once with the network and the package 'datasets' installed."
         ) from error

@@ -61,11 +61,11 @@ class Grid:
         try:
             with lock:
                 self._work()
-        except Timeout as error:
+        except Timeout:
             raise OutputError(
                 f"another process works on the grid in '{self.store.folder}'. Wait for it, or "
                 "choose another --out."
-            ) from error
+            ) from None  # nothing is broken: the call is refused
 
     def _work(self) -> None:
         cores = os.cpu_count() or 1
