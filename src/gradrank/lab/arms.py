@@ -13,7 +13,8 @@ from gradrank.core.targets import Target
 from gradrank.methods.registry import METHODS, create
 from gradrank.session import allocate
 
-_HEAD_NAMES = ("score", "classifier", "classification_head")
+HEAD_NAMES = ("score", "classifier", "classification_head")
+"""What transformers calls the module that a task head is."""
 
 
 def moving(plan: Plan, steps: int, seed: int) -> CapacityCallback | None:
@@ -43,7 +44,7 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
         model: A model for classes.
     """
     children = {name for name, _ in model.named_children()}
-    return tuple(name for name in _HEAD_NAMES if name in children)
+    return tuple(name for name in HEAD_NAMES if name in children)
 
 
 def head_options(model: nn.Module, head: str) -> dict[str, Any]:

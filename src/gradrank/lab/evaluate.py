@@ -15,6 +15,7 @@ from gradrank.evidence.metrics import METRICS, metric_values
 from gradrank.lab import generate
 from gradrank.lab.choose import choose_by_likelihood
 from gradrank.lab.encode import Answering, TaskData, size_of
+from gradrank.lab.inference import evaluating
 
 CLASSIFIED = ("classification", "image")
 
@@ -74,7 +75,7 @@ def evaluate(
     predicted: list[int] = []
     expected: list[int] = []
     classes = data.kind in CLASSIFIED
-    with _evaluating(model), without_cache(model), torch.no_grad():
+    with evaluating(model), without_cache(model):
         for batch in _batches(data, batch_size, max_batches):
             inputs = {name: value.to(device) for name, value in batch.items()}
             labels = inputs.pop("labels")
@@ -168,17 +169,6 @@ def _batches(data: TaskData, size: int, most: int | None) -> Iterator[dict[str, 
         if most is not None and number >= most:
             return
         yield data.collate([data.eval[index] for index in range(start, min(start + size, count))])
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from gradrank.core.budget import Budget
 from gradrank.core.errors import GradrankError
 from gradrank.core.plan import Plan
 from gradrank.evidence.metrics import METRICS
-from gradrank.lab.arms import head_modules, head_options, moving, shared_scale
+from gradrank.lab.arms import HEAD_NAMES, head_modules, head_options, moving, shared_scale
 from gradrank.lab.baselines.arm import Built, Setting
 from gradrank.lab.baselines.registry import create_baseline, is_baseline
 from gradrank.lab.compare.bench import Bench, Loaded
@@ -271,8 +271,7 @@ def _about(run: GridRun, recipe: Recipe) -> dict[str, Any]:
 
 
 def _head_parameters(model: Any) -> Iterator[torch.nn.Parameter]:
-    names = {"score", "classifier", "classification_head"}
     for name, parameter in model.named_parameters():
         # PEFT keeps a trained copy under modules_to_save.
-        if names & set(name.split(".")[:4]) and ".lora_" not in name:
+        if set(HEAD_NAMES) & set(name.split(".")[:4]) and ".lora_" not in name:
             yield parameter
