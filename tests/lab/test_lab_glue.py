@@ -123,7 +123,7 @@ def test_missing_data_says_where_it_looked(tmp_path, monkeypatch):
     with pytest.raises(DataError) as caught:
         read_examples(DataSpec("cola", data_dir=str(tmp_path / "a")))
     told = str(caught.value)
-    for part in (f"'{tmp_path / 'a'}' and '{tmp_path}'", "glue/cola/train.tsv[.gz]", "data_dir"):
+    for part in (f"'{tmp_path / 'a'}' and '{tmp_path}'", "glue/cola/train.tsv[.gz]", "--data-dir"):
         assert part in told
 
 
