@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gradrank.adapters.edits import Partition as Partition
     from gradrank.adapters.edits import Select as Select
     from gradrank.adapters.edits import Shrink as Shrink
-    from gradrank.adapters.export import ExportReport as ExportReport
+    from gradrank.serving.export import ExportReport as ExportReport
     from gradrank.adapters.surgery import EditReport as EditReport
     from gradrank.adapters.surgery import edit as edit
     from gradrank.callback import CapacityCallback as CapacityCallback
@@ -73,7 +73,7 @@ _WHERE = {
     "gradrank.adapters.surgery": ("EditReport", "edit"),
     "gradrank.callback": ("CapacityCallback",),
     "gradrank.controller": ("Controller", "reserve", "settle"),
-    "gradrank.adapters.export": ("ExportReport",),
+    "gradrank.serving.export": ("ExportReport",),
     "gradrank.core.budget": ("Budget",),
     "gradrank.core.errors": (
         "BudgetError",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradrank.adapters.apply import apply_plan
-from gradrank.adapters.export import ExportReport, export
+from gradrank.serving.export import ExportReport, export
 from gradrank.core.budget import Budget
 from gradrank.core.errors import BudgetError, MeasurementError, OptionError, nearest
 from gradrank.core.plan import Plan, PlannedTarget

@@ -33,7 +33,7 @@ from adapters.forms_cases import (
 )
 from cases import randomise_adapter, tiny_llama
 from gradrank.adapters import forms
-from gradrank.adapters.export import export
+from gradrank.serving.export import export
 
 KIND = pytest.mark.parametrize("kind", KINDS)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from cli.cli_cases import invoke
-from gradrank.cli.adapter import read_adapter
+from gradrank.serving.facts import describe as read_adapter
 from gradrank.cli.tables import rank_maps
 from gradrank.core.errors import DataError
 from gradrank.core.plan import Plan

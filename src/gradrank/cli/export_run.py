@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gradrank.adapters.export import load_adapter
+from gradrank.serving.installing import load_adapter
 from gradrank.cli.console import Console
 from gradrank.cli.source import Source
 from gradrank.lab.models import LoadedModel, resolve_model

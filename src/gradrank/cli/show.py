@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gradrank.cli.adapter import AdapterFacts, read_adapter
+from gradrank.serving.facts import AdapterFacts, describe
 from gradrank.cli.console import Console
 from gradrank.cli.options import COMMON, flags
 from gradrank.cli.verb import Verb
@@ -29,7 +29,7 @@ def command(path: Path, as_json: bool, quiet: bool) -> None:
     """
     console = Console(as_json, quiet)
     if (path / "adapter_config.json").is_file():
-        _show_adapter(read_adapter(path), console)
+        _show_adapter(describe(path), console)
         return
     _show_plan(Plan.load(_plan_file(path)), console)
     if (path / "adapter" / "adapter_config.json").is_file():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gradrank.cli import runfile
-from gradrank.cli.adapter import AdapterFacts, read_adapter
+from gradrank.serving.facts import AdapterFacts, describe
 from gradrank.core.errors import DataError, OptionError
 from gradrank.core.plan import Plan
 
@@ -53,7 +53,7 @@ def find_source(path: Path, model: str | None, head: str | None) -> Source:
     if not (folder / "adapter_config.json").is_file():
         what = "holds no adapter (adapter_config.json)" if path.exists() else "does not exist"
         raise DataError(f"'{path}' {what}. Give the folder of a finished run, or of an adapter.")
-    facts = read_adapter(folder)
+    facts = describe(folder)
     config, origin = _run_of(folder)
     base = model or config.get("model") or facts.base_model
     if not base:

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import gradrank as gr
 from cases import CASES, Case, batches, hand_plan, randomise_adapter, tiny_llama
-from gradrank.adapters import export as exporting
-from gradrank.adapters.export import check_inputs, load_adapter, logits
+from gradrank.serving import installing as exporting
+from gradrank.serving.check import check_inputs, logits
+from gradrank.serving.installing import load_adapter
 
 
 def trained(case: Case, **options: Any) -> Any:
@@ -317,9 +318,9 @@ def test_a_pickle_is_not_read(exported: Path) -> None:
 
 
 def test_a_folder_without_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(gr.PlanError, match=r"no adapter_config.json"):
+    with pytest.raises(gr.PlanError, match=r"adapter_config.json' does not exist"):
         load_adapter(tiny_llama(), tmp_path)
-    with pytest.raises(gr.PlanError, match=r"no adapter_config.json"):
+    with pytest.raises(gr.PlanError, match=r"adapter_config.json' does not exist"):
         load_adapter(tiny_llama(), tmp_path / "missing")
 
 

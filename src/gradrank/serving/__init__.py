@@ -1,0 +1,1 @@
+"""Adapters on their way to engines: read safely, folded, padded, written, checked, merged."""

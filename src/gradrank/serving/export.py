@@ -1,0 +1,222 @@
+"""Write an adapter for an engine, and prove that it computes what was trained."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from gradrank.core.errors import OptionError, PlanError, nearest
+from gradrank.core.files import new_folder
+from gradrank.serving.adapter import Adapter
+from gradrank.serving.check import Reference, check_inputs, logits, reference
+from gradrank.serving.compression import Losses, compress
+from gradrank.serving.engines.engine import Base, Engine
+from gradrank.serving.engines.registry import ENGINES
+from gradrank.serving.installing import beside, taken
+from gradrank.serving.merging import write_merged
+from gradrank.serving.padding import PADDINGS, padded
+from gradrank.signals.layers import find_sites
+
+MERGED = "merged"
+TARGETS = (*ENGINES, MERGED)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What was written and how well it agrees.
+
+    Attributes:
+        target: ``peft``, an engine's name, or ``merged``.
+        folder: Where it stands.
+        difference: Largest absolute difference of the logits on the check inputs, between what
+            the target computes from the written files and what it should compute.
+        tolerance: Largest difference that was allowed.
+        bytes: Size of all files.
+        bytes_before: Size of the adapter's tensors before the export.
+        effect: Largest change of a logit that the adapter brings about.
+        ranks: Rank by module as written; empty for ``merged``.
+        losses: What a smaller budget cost, if one was given.
+        change: Largest change of a logit by the smaller budget, 0 without one.
+        advice: How to load it, in lines.
+    """
+
+    target: str
+    folder: Path
+    difference: float
+    tolerance: float
+    bytes: int
+    bytes_before: int = 0
+    effect: float = 0.0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    losses: Losses | None = None
+    change: float = 0.0
+    advice: tuple[str, ...] = ()
+
+
+def export(
+    model: nn.Module,
+    out: str | Path,
+    target: str = "peft",
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    dtype: str | None = None,
+    padding: str | None = None,
+    budget: Any = None,
+) -> ExportReport:
+    """Write a trained adapter in the form that a target loads, with a check of its logits.
+
+    The files are read back by the target's own rule (which for servers is not PEFT's) and the
+    logits compared with the trained model's. ``peft`` has to be bitwise equal; the others may
+    differ by the rounding of folded or merged weights.
+
+    Args:
+        model: The PEFT model.
+        out: Folder to write; appears only if the check passes.
+        target: ``peft``, ``vllm``, ``sglang``, ``llama.cpp`` or ``merged``.
+        inputs: Model inputs for the check; default: seeded random tokens or pixels.
+        tokenizer: Saved beside, if given.
+        overwrite: Whether an existing folder may be replaced.
+        dtype: ``float32``, ``float16`` or ``bfloat16``; default: as trained.
+        padding: ``none``, ``groups`` or ``all``; default: what the target needs.
+        budget: Re-allocate the ranks of the trained adapter under this budget first, see
+            :func:`gradrank.serving.compression.compress`.
+
+    Returns:
+        What was written, with the largest difference found.
+
+    Raises:
+        OptionError: If an option is unknown or does not suit the target.
+        PlanError: If the model carries no adapter, the target cannot express it, or the check
+            fails; nothing is left behind.
+    """
+    _check_options(model, target, dtype, padding)
+    assert isinstance(model, PeftModel)
+    device = next(model.parameters()).device
+    batch = {k: v.to(device) for k, v in (inputs or check_inputs(model)).items()}
+    wanted = reference(model, batch)
+    adapter = taken(model)
+    job = _Job(model, adapter, batch, wanted)
+    if budget is not None:
+        job = job.compressed(budget)
+    with new_folder(Path(out), overwrite) as folder:
+        if target == MERGED:
+            after = job.merged(folder, dtype)
+            tolerance = job.merge_tolerance(dtype)
+            ranks, advice = {}, ("it is a whole model and needs no adapter",)
+        else:
+            engine = ENGINES[target]
+            made = job.shaped(engine, dtype, padding)
+            after, advice = job.written(engine, made, folder), engine.advice(made)
+            tolerance, ranks = job.tolerance(engine, made), made.ranks
+        difference = job.reference.difference(after)
+        _judge(target, difference, tolerance)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return ExportReport(
+        target=target,
+        folder=Path(out),
+        difference=difference,
+        tolerance=tolerance,
+        bytes=size,
+        bytes_before=adapter.bytes,
+        effect=job.reference.effect,
+        ranks=ranks,
+        losses=job.losses,
+        change=job.change,
+        advice=advice,
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An adapter on its way, and what it is compared with."""
+
+    model: PeftModel
+    adapter: Adapter
+    batch: Mapping[str, Tensor]
+    reference: Reference
+    losses: Losses | None = None
+    change: float = 0.0
+
+    @property
+    def base(self) -> Base:
+        inner: Any = self.model.get_base_model()
+        config = inner.config.to_dict() if hasattr(inner, "config") else {}
+        names = (name.replace(".base_layer", "") for name, _ in inner.named_modules())
+        return Base(config, tuple(name for name in names if ".lora_" not in name))
+
+    def compressed(self, budget: Any) -> "_Job":
+        smaller, losses = compress(self.adapter, budget)
+        with beside(self.model, smaller, "the compressed adapter"):
+            found = logits(self.model, self.batch)
+        wanted = self.reference
+        change = wanted.difference(found)
+        wanted = Reference(found, wanted.effect, wanted.noise)
+        return _Job(self.model, smaller, self.batch, wanted, losses, change)
+
+    def shaped(self, engine: Engine, dtype: str | None, padding: str | None) -> Adapter:
+        chosen = engine.pads if padding is None else padding
+        if chosen not in engine.paddings:
+            raise OptionError(
+                f"padding '{chosen}' does not serve {engine.name}: it reads "
+                f"{' or '.join(engine.paddings)}."
+            )
+        made = self.adapter.to(DTYPES[dtype]) if dtype else self.adapter
+        shapes = {}
+        if chosen != "none":
+            sites = find_sites(self.model.get_base_model())
+            shapes = {s.target.name: (s.target.d_out, s.target.d_in) for s in sites}
+        return padded(made, chosen, shapes)
+
+    def written(self, engine: Engine, made: Adapter, folder: Path) -> Tensor:
+        engine.write(made, folder, self.base)
+        seen = engine.read(folder, self.base)
+        with beside(self.model, seen, f"what {engine.name} reads"):
+            return logits(self.model, self.batch)
+
+    def tolerance(self, engine: Engine, made: Adapter) -> float:
+        same = engine.name == "peft" and made is self.adapter
+        if same and self.losses is None:
+            return 0.0
+        types = {u.a.dtype for u in made.updates.values()} or {torch.float32}
+        coarsest = max(types, key=lambda kind: torch.finfo(kind).eps)
+        return self.reference.tolerance(coarsest)
+
+    def merged(self, folder: Path, dtype: str | None) -> Tensor:
+        return write_merged(self.model, self.adapter, folder, self.batch, dtype)
+
+    def merge_tolerance(self, dtype: str | None) -> float:
+        """Rounding that merging may add: a thousandth of the largest logit, or what the type is."""
+        largest = max(float(self.reference.logits.abs().max()), 1.0)
+        return largest * max(1e-3, 8 * torch.finfo(DTYPES[dtype]).eps if dtype else 0.0)
+
+
+def _check_options(model: nn.Module, target: str, dtype: str | None, padding: str | None) -> None:
+    if target not in TARGETS:
+        raise OptionError(f"export target '{target}' is unknown. {nearest(target, TARGETS)}")
+    if not isinstance(model, PeftModel):
+        raise PlanError(
+            f"a {type(model).__name__} carries no adapter to export. Pass the PeftModel that was "
+            "trained."
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise OptionError(f"dtype '{dtype}' is unknown. {nearest(dtype, DTYPES)}")
+    if padding is not None and padding not in PADDINGS:
+        raise OptionError(f"padding '{padding}' is unknown. {nearest(padding, PADDINGS)}")
+
+
+def _judge(target: str, difference: float, tolerance: float) -> None:
+    if not difference <= tolerance:
+        raise PlanError(
+            f"the {target} export differs from the trained model by {difference:.3g} in its "
+            f"logits, more than {tolerance:.3g}; nothing was written. Export in float32, or "
+            "report this with the adapter's configuration."
+        )
