@@ -1,16 +1,18 @@
 """Exports an adapter to llama.cpp and compares the real engine with the trained model.
 
 Usage: python benchmarks/proof_llamacpp.py --llama-cpp DIR [--adapter FOLDER] [--base-gguf FILE]
+           [--python PYTHON]
 
 Needs the package xllamacpp (llama.cpp in this process), and of a llama.cpp source folder the two
-converters with what they import (sentencepiece). Steps:
+converters with what they import (sentencepiece). With ``--python``, an interpreter that has
+llama-cpp-python, that engine runs instead, and raw logits are compared. Steps:
 
 1. the base model becomes a GGUF file in float32, by llama.cpp's converter unless one is given;
 2. the adapter is exported by gradrank, and the PEFT folder beside it converted by llama.cpp's own
    converter: both files must hold the same tensors and the same alpha;
 3. the engine runs with either of them, with no adapter, and with what its converter makes of the
    ordinary PEFT save. Printed is the largest difference from transformers in the log-probability
-   of any token of the vocabulary after every prefix of a text.
+   (the logit, with ``--python``) of any token of the vocabulary after every prefix of a text.
 
 Everything is in single precision unless ``--dtype`` says otherwise. Without ``--adapter``, random
 factors with mixed ranks and several alphas stand for a trained one.
@@ -21,12 +23,14 @@ import json
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gguf import GGUFReader
+from gguf.quants import dequantize
 from peft import PeftModel
 from torch import Tensor
 
@@ -68,9 +72,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--adapter", type=Path, metavar="FOLDER",
                         help="a stock PEFT adapter; default: random factors")  # fmt: skip
     parser.add_argument("--base-gguf", type=Path, metavar="FILE", help="the base model, converted")
+    parser.add_argument("--python", metavar="PYTHON", help="interpreter with llama-cpp-python")
     parser.add_argument("--dtype", default="float32", help="of the exported factors")
     parser.add_argument("--tokens", type=int, default=12, help="length of the text")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
     return parser.parse_args()
 
@@ -84,24 +88,26 @@ def prove(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     (model.config if args.base_gguf else model).save_pretrained(base)
     loaded.tokenizer.save_pretrained(base)
     ids = loaded.tokenizer(TEXT)["input_ids"][: args.tokens]
-    plain = reference(model, ids)
+    raw = args.python is not None
+    plain = reference(model, ids, raw)
     gguf = args.base_gguf or convert(args, "convert_hf_to_gguf.py", work / "base.gguf", base)
     peft = load_adapter(model, args.adapter) if args.adapter else random_adapter(model)
-    trained = reference(peft, ids)
+    trained = reference(peft, ids, raw)
     report = gr.export(peft, work / "out", "llama.cpp", dtype=args.dtype)
     peft.save_pretrained(work / "ordinary")
     options = ("--base", str(base))
     again = convert(args, "convert_lora_to_gguf.py", work / "again.gguf", work / "out", *options)
     ordinary = convert(args, "convert_lora_to_gguf.py", work / "ordinary.gguf",
                        work / "ordinary", *options)  # fmt: skip
-    run = Runner(gguf, ids, len(plain[0]), args.threads)
+    run = RawRunner(args.python, gguf, ids, work) if raw else Runner(gguf, ids, len(plain[0]))
     ours = run(work / "out" / "adapter.gguf")
     return {
-        "engine": engine_version(),
+        "engine": run.version,
+        "compared": "logits" if raw else "log-probabilities",
         "model": args.model,
         "adapter": str(args.adapter.name) if args.adapter else "random",
         "dtype": args.dtype,
-        "ranks": sorted(set(report.ranks.values())),
+        "ranks": f"{min(report.ranks.values())} to {max(report.ranks.values())}",
         "modules": len(report.ranks),
         "positions": len(ids),
         "same_tensors": same(work / "out" / "adapter.gguf", again),
@@ -144,9 +150,10 @@ def convert(args: argparse.Namespace, program: str, out: Path, source: Path, *mo
 
 
 @torch.no_grad()
-def reference(model: Any, ids: list[int]) -> Tensor:
-    """Return transformers' log-probabilities after every prefix, ``[tokens, vocabulary]``."""
-    return model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+def reference(model: Any, ids: list[int], raw: bool) -> Tensor:
+    """Return transformers' logits or log-probabilities, ``[tokens, vocabulary]``."""
+    logits = model(input_ids=torch.tensor([ids])).logits[0].float()
+    return logits if raw else logits.log_softmax(-1)
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -158,7 +165,10 @@ def same(one: Path, other: Path) -> bool:
     """Return whether two adapters hold the same tensors and the same alpha."""
     files = [GGUFReader(path) for path in (one, other)]
     alphas = [file.fields["adapter.lora.alpha"].contents() for file in files]
-    tensors = [{t.name: np.asarray(t.data) for t in file.tensors} for file in files]
+    tensors = [
+        {t.name: dequantize(np.asarray(t.data), t.tensor_type) for t in file.tensors}
+        for file in files
+    ]
     return (
         alphas[0] == alphas[1]
         and tensors[0].keys() == tensors[1].keys()
@@ -166,18 +176,43 @@ def same(one: Path, other: Path) -> bool:
     )
 
 
-def engine_version() -> str:
-    """Return name and version of the engine."""
-    from importlib.metadata import version
+# What runs in the other interpreter: an argument per file, and the tokens.
+RAW = """
+import sys, llama_cpp, numpy
+base, adapter, out, *ids = sys.argv[1:]
+model = llama_cpp.Llama(base, lora_path=adapter or None, logits_all=True, n_ctx=256, n_threads=1,
+                        n_threads_batch=1, type_k=0, type_v=0, flash_attn=False, verbose=False)
+model.eval([int(i) for i in ids])
+numpy.save(out, numpy.array(model.scores[: len(ids)]))
+print(llama_cpp.__version__)
+"""
 
-    return f"xllamacpp {version('xllamacpp')}"
+
+class RawRunner:
+    """llama-cpp-python on one base model and one text."""
+
+    def __init__(self, python: str, base: Path, ids: list[int], work: Path) -> None:
+        self.python, self.base, self.ids, self.work = python, base, ids, work
+        self.version = "llama-cpp-python"
+
+    def __call__(self, adapter: Path | None) -> Tensor:
+        """Return the engine's logits after every prefix, with an adapter or without."""
+        out = self.work / "logits.npy"
+        command = [self.python, "-c", RAW, str(self.base), str(adapter or ""), str(out)]
+        command += [str(token) for token in self.ids]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise GradrankError(f"llama-cpp-python failed: {done.stderr.strip()[-300:]}")
+        self.version = f"llama-cpp-python {done.stdout.split()[-1]}"
+        return torch.from_numpy(np.load(out))
 
 
 class Runner:
-    """The engine on one base model and one text."""
+    """xllamacpp on one base model and one text."""
 
-    def __init__(self, base: Path, ids: list[int], vocabulary: int, threads: int) -> None:
-        self.base, self.ids, self.vocabulary, self.threads = base, ids, vocabulary, threads
+    def __init__(self, base: Path, ids: list[int], vocabulary: int) -> None:
+        self.base, self.ids, self.vocabulary = base, ids, vocabulary
+        self.version = f"xllamacpp {version('xllamacpp')}"
 
     def __call__(self, adapter: Path | None) -> Tensor:
         """Return the engine's log-probabilities after every prefix, with an adapter or without."""
@@ -188,7 +223,7 @@ class Runner:
         options.n_ctx = options.n_batch = 256
         options.n_parallel = 1
         options.n_gpu_layers = 0
-        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = self.threads
+        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
         options.warmup = False
         options.verbosity = -1
         options.cache_type_k = options.cache_type_v = engine.ggml_type.GGML_TYPE_F32

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from gradrank.adapters.edits import Partition as Partition
     from gradrank.adapters.edits import Select as Select
     from gradrank.adapters.edits import Shrink as Shrink
-    from gradrank.serving.export import ExportReport as ExportReport
     from gradrank.adapters.surgery import EditReport as EditReport
     from gradrank.adapters.surgery import edit as edit
     from gradrank.callback import CapacityCallback as CapacityCallback
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
     from gradrank.methods.waterfill import Waterfill as Waterfill
     from gradrank.prepare import prepare_trainer as prepare_trainer
     from gradrank.record import RunRecord as RunRecord
+    from gradrank.serving.export import ExportReport as ExportReport
     from gradrank.session import allocate as allocate
     from gradrank.session import apply as apply
     from gradrank.session import export as export

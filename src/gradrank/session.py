@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 from gradrank.adapters.apply import apply_plan
-from gradrank.serving.export import ExportReport, export
 from gradrank.core.budget import Budget
 from gradrank.core.errors import BudgetError, MeasurementError, OptionError, nearest
 from gradrank.core.plan import Plan, PlannedTarget
@@ -20,8 +18,9 @@ from gradrank.core.targets import Target
 from gradrank.methods.method import Assessment, CapacityMethod, Method
 from gradrank.methods.registry import create
 from gradrank.reliability import split_half
+from gradrank.serving.export import ExportReport, export
 from gradrank.signals.distributed import all_or_none, is_distributed, merge_across_processes
-from gradrank.signals.layers import ALL_LINEAR, ambiguous_suffixes, find_sites
+from gradrank.signals.layers import ALL_LINEAR, ambiguous_suffixes, base_parameters, find_sites
 from gradrank.signals.measure import SIGNALS, LossFunction, MeanGradient, Progress, Signal, run
 from gradrank.signals.measurement import Measurement
 
@@ -243,25 +242,6 @@ def model_name(model: nn.Module) -> str | None:
     """
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     return (Path(name).name if Path(name).is_dir() else name) or None
-
-
-def base_parameters(model: nn.Module) -> int:
-    """Count a model's parameters without adapters; tied weights once, packed ones unpacked.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The number of parameters.
-    """
-    total = 0
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".modules_to_save." in name:
-            continue
-        # 4-bit weights of bitsandbytes are packed in bytes and remember their true shape.
-        state = getattr(parameter, "quant_state", None)
-        total += math.prod(state.shape) if state is not None else parameter.numel()
-    return total
 
 
 def _signals(signal: "str | Signal | Sequence[str | Signal]") -> tuple[Signal, ...]:

@@ -27,9 +27,9 @@ from adapters.svd_cases import LLAMA, WIDE, selections, started, svd_trained, us
 from cases import CASES, Case, tiny_llama
 from gradrank.adapters import sidecar
 from gradrank.adapters.edits import Select
-from gradrank.serving.export import export
 from gradrank.adapters.reserve import refit, restart, settle, start_svd
 from gradrank.core.errors import SurgeryError
+from gradrank.serving.export import export
 
 FIXED = pytest.mark.parametrize("fixed", [False, True])
 

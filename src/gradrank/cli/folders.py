@@ -15,7 +15,7 @@ RUN_FILES = (
     "adapter", "adapter-unchecked", "checkpoints",
 )  # fmt: skip
 EXPORT_FILES = (
-    "adapter_config.json", "adapter_model.safetensors", "README.md", "config.json",
+    "adapter_config.json", "adapter_model.safetensors", "adapter.gguf", "README.md", "config.json",
     "generation_config.json", "model*.safetensors", "*.index.json", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.*",
     "merges.txt", "preprocessor_config.json", "processor_config.json", "spiece.model",

@@ -1,12 +1,12 @@
 """``gradrank show``: a plan or an adapter in the terminal."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gradrank.serving.facts import AdapterFacts, describe
 from gradrank.cli.console import Console
 from gradrank.cli.options import COMMON, flags
 from gradrank.cli.verb import Verb
@@ -25,11 +25,12 @@ def command(path: Path, as_json: bool, quiet: bool) -> None:
     """Print a plan.json or an adapter folder: ranks, parameters, scales, budget, reliability.
 
     PATH is a plan.json, a folder with one (of 'plan' or 'train'), or a PEFT adapter folder. No
-    model is loaded.
+    model is loaded. For an adapter also the energy of its updates, and which engines would serve
+    it rightly as it is.
     """
     console = Console(as_json, quiet)
     if (path / "adapter_config.json").is_file():
-        _show_adapter(describe(path), console)
+        _show_adapter(path, console)
         return
     _show_plan(Plan.load(_plan_file(path)), console)
     if (path / "adapter" / "adapter_config.json").is_file():
@@ -72,19 +73,30 @@ def _show_plan(plan: Plan, console: Console) -> None:
     )
 
 
-def _show_adapter(facts: AdapterFacts, console: Console) -> None:
-    from gradrank.cli.tables import by_type, rank_maps
+def _show_adapter(path: Path, console: Console) -> None:
+    from gradrank.cli.tables import by_type, maps, rank_maps
     from gradrank.report.text import clean
+    from gradrank.serving.energy import energy
+    from gradrank.serving.engines.registry import ENGINES
+    from gradrank.serving.facts import describe
+    from gradrank.serving.reading import read_adapter
 
+    facts = describe(path)
+    found = energy(read_adapter(path))
+    whole = math.fsum(own.energy for own in found.values())
     ranks = {target.name: rank for target, rank in facts.ranks.items()}
     targets = list(facts.ranks)
+    verdicts = {name: engine.judge(facts) for name, engine in ENGINES.items()}
     other = f" and {facts.other_parameters:,} of other modules" if facts.other_parameters else ""
     console.show(
         clean(f"adapter for {facts.base_model or 'an unnamed model'}"),
         *rank_maps(targets, ranks),
+        *maps("energy, % of all updates,", targets, _shares(found, whole)),
         by_type(targets, ranks),
         f"{facts.parameters:,} adapter parameters{other} in {facts.dtype}",
         f"scale: {_scales(facts.scales)}",
+        f"energy: {whole:.4g} (squared Frobenius norm of all updates); {_useful(found, ranks)}",
+        *_verdicts(verdicts),
     )
     console.result(
         {
@@ -95,8 +107,39 @@ def _show_adapter(facts: AdapterFacts, console: Console) -> None:
             "dtype": facts.dtype,
             "ranks": ranks,
             "scales": dict(facts.scales),
+            "energy": {
+                name: {
+                    "energy": own.energy,
+                    "share": own.energy / whole if whole else 0.0,
+                    "effective_rank": own.effective_rank,
+                    "stable_rank": own.stable_rank,
+                }
+                for name, own in found.items()
+            },
+            "engines": {name: {"right": not why, "why": list(why)} for name, why in
+                        verdicts.items()},
         }
-    )
+    )  # fmt: skip
+
+
+def _shares(found: Mapping[str, Any], whole: float) -> dict[str, str]:
+    return {n: f"{100 * own.energy / whole:.1f}" if whole else "0" for n, own in found.items()}
+
+
+def _useful(found: Mapping[str, Any], ranks: Mapping[str, int]) -> str:
+    """Say how many of the directions that were paid for hold nine tenths of each update."""
+    held = sum(own.effective_rank for own in found.values())
+    return f"{held} of {sum(ranks.values())} directions hold 90 % of each update's"
+
+
+def _verdicts(verdicts: Mapping[str, Sequence[str]]) -> list[str]:
+    lines = ["as it is stored:"]
+    for name, why in verdicts.items():
+        lines.append(f"  {name:10} {'loads it rightly' if not why else 'NO: ' + why[0]}")
+        lines += [f"  {'':10}     {reason}" for reason in why[1:]]
+    if any(verdicts.values()):
+        lines.append("  'gradrank export --target ENGINE' writes what an engine loads rightly")
+    return lines
 
 
 def _scales(scales: Mapping[str, Any]) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from gradrank.cli import runfile
-from gradrank.serving.facts import AdapterFacts, describe
 from gradrank.core.errors import DataError, OptionError
 from gradrank.core.plan import Plan
+from gradrank.serving.facts import AdapterFacts, describe
 
 _TASK_TYPES = {"CAUSAL_LM": "lm", "SEQ_CLS": "classification"}
 

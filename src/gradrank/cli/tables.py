@@ -110,20 +110,34 @@ def rank_maps(
         written ``16|2``: rank 16 for dominant rows, rank 2 for the others.
     """
     split = partitions or {}
+    cells = {t.name: _rank(ranks[t.name], split.get(t.name)) for t in targets}
+    return maps("ranks", targets, cells)
+
+
+def maps(what: str, targets: Sequence[Target], cells: Mapping[str, str]) -> list[Table]:
+    """Return one table layer x module type per stack of layers.
+
+    Args:
+        what: What the cells say.
+        targets: The targets.
+        cells: Text per target.
+
+    Returns:
+        The tables; a module that a layer lacks is blank.
+    """
     stacks: dict[str, dict[int | None, dict[str, str]]] = {}
     for target in targets:
         rows = stacks.setdefault(target.stack, {})
-        cell = _rank(ranks[target.name], split.get(target.name))
-        rows.setdefault(target.depth, {})[_within_layer(target)] = cell
+        rows.setdefault(target.depth, {})[_within_layer(target)] = cells[target.name]
     made = []
     for stack, rows in stacks.items():
         columns = list(dict.fromkeys(name for row in rows.values() for name in row))
         short = _short_names(columns)
-        cells = [
+        lines = [
             ["-" if depth is None else depth, *(row.get(name, "") for name in columns)]
             for depth, row in rows.items()
         ]
-        made.append(table(f"ranks in {stack or 'the model'}", ["layer", *short], cells, left=0))
+        made.append(table(f"{what} in {stack or 'the model'}", ["layer", *short], lines, left=0))
     return made
 
 

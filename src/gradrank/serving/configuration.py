@@ -12,6 +12,7 @@ from gradrank.core.files import read_json
 from gradrank.serving.patterns import Patterns
 
 FILE = "adapter_config.json"
+MOST_RANK = 16_384
 _LARGEST = 32 * 2**20
 # One expression may list every module of a large model.
 _LONGEST_TARGETS = 2**20
@@ -158,8 +159,10 @@ def _checked(kind: str, raw: Mapping[str, Any]) -> Configuration:
     if fields["bias"] not in {"none", "all", "lora_only"}:
         raise DataError(f"bias is {fields['bias'][:40]!r}.")
     rank = raw.get("init_r" if kind == "ADALORA" else "r", 12 if kind == "ADALORA" else 8)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise DataError(f"the rank is {str(rank)[:40]!r}; a positive whole number is needed.")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MOST_RANK:
+        raise DataError(
+            f"the rank is {str(rank)[:40]!r}; a whole number from 1 to {MOST_RANK:,} is needed."
+        )
     patterns = {"alpha_pattern": {}, "rank_pattern": {}}
     for name in patterns if kind == "LORA" else ():
         patterns[name] = _typed(raw, name, dict, None) or {}

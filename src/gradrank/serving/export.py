@@ -1,7 +1,7 @@
 """Write an adapter for an engine, and prove that it computes what was trained."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ from gradrank.core.errors import OptionError, PlanError, nearest
 from gradrank.core.files import new_folder
 from gradrank.serving.adapter import Adapter
 from gradrank.serving.check import Reference, check_inputs, logits, reference
-from gradrank.serving.compression import Losses, compress
+from gradrank.serving.compression import Losses, compress, truncate
 from gradrank.serving.engines.engine import Base, Engine
 from gradrank.serving.engines.registry import ENGINES
 from gradrank.serving.installing import beside, taken
-from gradrank.serving.merging import write_merged
+from gradrank.serving.merging import Merged, Rounding, write_merged
 from gradrank.serving.padding import PADDINGS, padded
-from gradrank.signals.layers import find_sites
+from gradrank.signals.layers import base_parameters, find_sites
 
 MERGED = "merged"
 TARGETS = (*ENGINES, MERGED)
+_QUIET = "the adapter hardly changes the logits of the check, so that the check proves little"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -41,8 +42,10 @@ class ExportReport:
         effect: Largest change of a logit that the adapter brings about.
         ranks: Rank by module as written; empty for ``merged``.
         losses: What a smaller budget cost, if one was given.
-        change: Largest change of a logit by the smaller budget, 0 without one.
+        change: Largest change of a logit by smaller ranks, 0 without them.
         advice: How to load it, in lines.
+        rounding: What merging rounded, by module; empty unless ``merged``.
+        notes: What else to know of what was written, in lines.
     """
 
     target: str
@@ -56,6 +59,8 @@ class ExportReport:
     losses: Losses | None = None
     change: float = 0.0
     advice: tuple[str, ...] = ()
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -69,6 +74,8 @@ def export(
     dtype: str | None = None,
     padding: str | None = None,
     budget: Any = None,
+    rank: int | None = None,
+    requantise: bool = False,
 ) -> ExportReport:
     """Write a trained adapter in the form that a target loads, with a check of its logits.
 
@@ -87,6 +94,9 @@ def export(
         padding: ``none``, ``groups`` or ``all``; default: what the target needs.
         budget: Re-allocate the ranks of the trained adapter under this budget first, see
             :func:`gradrank.serving.compression.compress`.
+        rank: Cut every update to this rank first.
+        requantise: For ``merged`` on a quantised base: write codes again, with the rounding that
+            this brings, instead of full-precision weights.
 
     Returns:
         What was written, with the largest difference found.
@@ -97,41 +107,36 @@ def export(
             fails; nothing is left behind.
     """
     _check_options(model, target, dtype, padding)
+    if requantise and target != MERGED:
+        raise OptionError(f"requantise is for target 'merged', not for '{target}'.")
     assert isinstance(model, PeftModel)
     device = next(model.parameters()).device
     batch = {k: v.to(device) for k, v in (inputs or check_inputs(model)).items()}
     wanted = reference(model, batch)
-    adapter = taken(model)
-    job = _Job(model, adapter, batch, wanted)
-    if budget is not None:
-        job = job.compressed(budget)
+    trained = taken(model)
+    job = _Job(model, trained, batch, wanted)
+    if budget is not None or rank is not None:
+        job = job.smaller(budget, rank)
     with new_folder(Path(out), overwrite) as folder:
         if target == MERGED:
-            after = job.merged(folder, dtype)
-            tolerance = job.merge_tolerance(dtype)
-            ranks, advice = {}, ("it is a whole model and needs no adapter",)
+            done = job.merged(folder, dtype, requantise)
         else:
-            engine = ENGINES[target]
-            made = job.shaped(engine, dtype, padding)
-            after, advice = job.written(engine, made, folder), engine.advice(made)
-            tolerance, ranks = job.tolerance(engine, made), made.ranks
-        difference = job.reference.difference(after)
-        _judge(target, difference, tolerance)
+            done = job.written(ENGINES[target], dtype, padding, folder)
+        _judge(target, done.difference, done.tolerance)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return ExportReport(
-        target=target,
+    # Merged weights are compared themselves.
+    quiet = target != MERGED and wanted.effect <= 10 * done.tolerance
+    return replace(
+        done,
         folder=Path(out),
-        difference=difference,
-        tolerance=tolerance,
         bytes=size,
-        bytes_before=adapter.bytes,
-        effect=job.reference.effect,
-        ranks=ranks,
+        bytes_before=trained.bytes,
+        effect=wanted.effect,
         losses=job.losses,
         change=job.change,
-        advice=advice,
+        notes=(*done.notes, *([_QUIET] if quiet and done.tolerance else [])),
     )
 
 
@@ -153,14 +158,20 @@ class _Job:
         names = (name.replace(".base_layer", "") for name, _ in inner.named_modules())
         return Base(config, tuple(name for name in names if ".lora_" not in name))
 
-    def compressed(self, budget: Any) -> "_Job":
-        smaller, losses = compress(self.adapter, budget)
-        with beside(self.model, smaller, "the compressed adapter"):
+    def smaller(self, budget: Any, rank: int | None) -> "_Job":
+        """Return the job with smaller ranks; what is written is compared with these."""
+        if budget is not None and rank is not None:
+            raise OptionError("both a budget and a rank were given. Give one of them.")
+        if rank is not None:
+            adapter, losses = truncate(self.adapter, rank)
+        else:
+            parameters = base_parameters(self.model.get_base_model())
+            adapter, losses = compress(self.adapter, budget, base_parameters=parameters)
+        with beside(self.model, adapter, "the compressed adapter"):
             found = logits(self.model, self.batch)
-        wanted = self.reference
-        change = wanted.difference(found)
-        wanted = Reference(found, wanted.effect, wanted.noise)
-        return _Job(self.model, smaller, self.batch, wanted, losses, change)
+        wanted = replace(self.reference, logits=found)
+        change = self.reference.difference(found)
+        return _Job(self.model, adapter, self.batch, wanted, losses, change)
 
     def shaped(self, engine: Engine, dtype: str | None, padding: str | None) -> Adapter:
         chosen = engine.pads if padding is None else padding
@@ -176,27 +187,43 @@ class _Job:
             shapes = {s.target.name: (s.target.d_out, s.target.d_in) for s in sites}
         return padded(made, chosen, shapes)
 
-    def written(self, engine: Engine, made: Adapter, folder: Path) -> Tensor:
+    def written(
+        self, engine: Engine, dtype: str | None, padding: str | None, folder: Path
+    ) -> ExportReport:
+        made = self.shaped(engine, dtype, padding)
         engine.write(made, folder, self.base)
         seen = engine.read(folder, self.base)
         with beside(self.model, seen, f"what {engine.name} reads"):
-            return logits(self.model, self.batch)
+            found = logits(self.model, self.batch)
+        return ExportReport(
+            target=engine.name,
+            folder=folder,
+            difference=self.reference.difference(found),
+            tolerance=self.tolerance(engine, made),
+            bytes=0,
+            ranks=made.ranks,
+            advice=engine.advice(made, self.base),
+        )
 
     def tolerance(self, engine: Engine, made: Adapter) -> float:
-        same = engine.name == "peft" and made is self.adapter
-        if same and self.losses is None:
+        if engine.name == "peft" and made is self.adapter and self.losses is None:
             return 0.0
         types = {u.a.dtype for u in made.updates.values()} or {torch.float32}
         coarsest = max(types, key=lambda kind: torch.finfo(kind).eps)
         return self.reference.tolerance(coarsest)
 
-    def merged(self, folder: Path, dtype: str | None) -> Tensor:
-        return write_merged(self.model, self.adapter, folder, self.batch, dtype)
-
-    def merge_tolerance(self, dtype: str | None) -> float:
-        """Rounding that merging may add: a thousandth of the largest logit, or what the type is."""
-        largest = max(float(self.reference.logits.abs().max()), 1.0)
-        return largest * max(1e-3, 8 * torch.finfo(DTYPES[dtype]).eps if dtype else 0.0)
+    def merged(self, folder: Path, dtype: str | None, requantise: bool) -> ExportReport:
+        done: Merged = write_merged(self.model, self.adapter, folder, self.batch, dtype, requantise)
+        return ExportReport(
+            target=MERGED,
+            folder=folder,
+            difference=done.difference(self.reference),
+            tolerance=done.tolerance(self.reference),
+            bytes=0,
+            advice=("it is a whole model; load it without an adapter",),
+            rounding=done.rounding,
+            notes=done.lines(),
+        )
 
 
 def _check_options(model: nn.Module, target: str, dtype: str | None, padding: str | None) -> None:
@@ -217,6 +244,6 @@ def _judge(target: str, difference: float, tolerance: float) -> None:
     if not difference <= tolerance:
         raise PlanError(
             f"the {target} export differs from the trained model by {difference:.3g} in its "
-            f"logits, more than {tolerance:.3g}; nothing was written. Export in float32, or "
-            "report this with the adapter's configuration."
+            f"logits, more than {tolerance:.3g}; nothing was written. Export in float32 and "
+            "without requantising, or report this with the adapter's configuration."
         )

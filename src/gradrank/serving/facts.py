@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from gradrank.core.errors import DataError
 from gradrank.core.targets import Target
-from gradrank.serving.configuration import Configuration, read_configuration
+from gradrank.serving.configuration import MOST_RANK, Configuration, read_configuration
 
 FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -25,7 +25,6 @@ _MOST_TENSORS = 200_000
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _LONGEST_NAME = 500
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_MOST_RANK = 16_384
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,8 @@ def _check_size(path: Path, size: int) -> None:
         raise DataError(f"'{path}' is damaged: it is cut off, or no safetensors file at all.")
     if header > _LARGEST_HEADER:
         raise DataError(
-            f"'{path}' has a header of {header >> 20} MiB; at most {_LARGEST_HEADER >> 20} are read."
+            f"'{path}' has a header of {header >> 20} MiB; at most {_LARGEST_HEADER >> 20} are "
+            "read."
         )
 
 
@@ -176,8 +176,8 @@ def _ranks(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[Target, in
             )
         if a[0] != b[1] or not a[1] or not b[0]:
             raise DataError(f"'{path}': the factors of '{stem}' do not fit: {a} and {b}.")
-        if a[0] > _MOST_RANK:
-            raise DataError(f"'{path}': '{stem}' has rank {a[0]:,}; at most {_MOST_RANK:,} is read.")
+        if a[0] > MOST_RANK:
+            raise DataError(f"'{path}': '{stem}' has rank {a[0]:,}; at most {MOST_RANK:,} is read.")
         if a[0]:
             found[Target(stem, a[1], b[0])] = a[0]
     return found
@@ -189,4 +189,6 @@ def natural(name: str) -> list[Any]:
     Args:
         name: A module's name.
     """
-    return [(p.isdigit(), int(p) if p.isdecimal() and len(p) < 9 else 0, p) for p in name.split(".")]
+    return [
+        (p.isdigit(), int(p) if p.isdecimal() and len(p) < 9 else 0, p) for p in name.split(".")
+    ]

@@ -21,31 +21,26 @@ from gradrank.serving.facts import PREFIX
 _FIXED = {"peft_type": "LORA", "inference_mode": True, "layers_to_transform": None}
 
 
-def write_flat(
-    adapter: Adapter, folder: Path, rank: int, alpha: float, modules: Collection[str] = ()
+def write_exact(
+    adapter: Adapter,
+    folder: Path,
+    modules: Collection[str] = (),
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
 ) -> None:
-    """Write an adapter with one rank and one alpha in its configuration, without patterns.
+    """Write an adapter with the rank and the scale of every module in anchored patterns.
 
-    What is stored may have other ranks; the caller has folded the scales accordingly.
+    Stock PEFT then computes with just these, whatever the general rank and alpha are. Engines
+    that look at the general ones only want certain values there.
 
     Args:
         adapter: The adapter.
         folder: An existing folder.
-        rank: The configuration's ``r``.
-        alpha: The configuration's ``lora_alpha``.
-        modules: Names of all modules of the base model, see :func:`write_exact`.
-    """
-    _write(adapter, folder, {"r": rank, "lora_alpha": _tidy(alpha)}, modules)
-
-
-def write_exact(adapter: Adapter, folder: Path, modules: Collection[str] = ()) -> None:
-    """Write an adapter with the rank and the scale of every module in anchored patterns.
-
-    Args:
-        adapter: The adapter; no scale may be zero.
-        folder: An existing folder.
         modules: Names of all modules of the base model. Where one ends in the name of another,
             which is adapted, targets are written as one anchored expression instead of a list.
+        rank: The configuration's ``r``; default: the commonest rank.
+        alpha: The configuration's ``lora_alpha``; default: the commonest alpha.
 
     Raises:
         PlanError: If the adapter updates nothing.
@@ -54,12 +49,15 @@ def write_exact(adapter: Adapter, folder: Path, modules: Collection[str] = ()) -
         raise PlanError("the adapter updates no module, so there is nothing to write.")
     ranks = adapter.ranks
     alphas = {name: alpha_for(u.scaling, u.rank, root=False) for name, u in adapter.updates.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    usual = [alphas[name] for name, own in ranks.items() if own == rank]
-    alpha = Counter(usual).most_common(1)[0][0]
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    if rank is None:
+        rank = common
+    if alpha is None:
+        usual = [alphas[name] for name, own in ranks.items() if own == common]
+        alpha = Counter(usual).most_common(1)[0][0]
     fields = {
         "r": rank,
-        "lora_alpha": alpha,
+        "lora_alpha": _tidy(alpha),
         "rank_pattern": {_anchor(n): own for n, own in ranks.items() if own != rank},
         "alpha_pattern": {_anchor(n): own for n, own in alphas.items() if own != alpha},
     }

@@ -98,10 +98,9 @@ def install(base: nn.Module, adapter: Adapter, what: str = "the adapter") -> Pef
         PlanError: If it does not fit the model, which is then left as it was.
     """
     check_fit(base, adapter, what)
-    with _written(base, adapter) as folder, _explained(what):
-        with all_or_nothing(base), quiet():
-            loaded: Any = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
-            _check_keys(loaded, adapter)
+    with _written(base, adapter) as folder, _explained(what), all_or_nothing(base), quiet():
+        loaded: Any = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
+        _check_keys(loaded, adapter)
     return loaded
 
 
@@ -206,6 +205,7 @@ def quiet() -> Iterator[None]:
             "The following alpha_pattern keys",
             "Could not find a config file",
             "Setting `save_embedding_layers`",
+            r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape",  # biases of factors
         ):
             warnings.filterwarnings("ignore", message=start)
         yield

@@ -2,10 +2,8 @@
 
 import contextlib
 import copy
-import statistics
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,87 +14,10 @@ from torch.nn import functional
 
 from gradrank.core.errors import OptionError, PlanError
 from gradrank.serving.adapter import Adapter
-from gradrank.serving.check import Reference, logits
+from gradrank.serving.check import logits
 from gradrank.serving.installing import beside
+from gradrank.serving.merged import Merged, Rounding
 from gradrank.serving.weights import Stock, dense, merged_weight, quantised
-
-
-@dataclass(frozen=True, slots=True)
-class Rounding:
-    """How far a merged weight is from the sum of weight and update, in the Frobenius norm.
-
-    Attributes:
-        weight: Error relative to the sum.
-        update: Error relative to the update alone: the share of what was trained that rounding
-            blurs.
-    """
-
-    weight: float
-    update: float
-
-
-@dataclass(frozen=True)
-class Merged:
-    """A merged model as it was read back from its files.
-
-    Attributes:
-        logits: Of the files, on the check inputs.
-        wanted: What they should be where that is not what the live model computes: a quantised
-            base is compared with its own dequantised weights, so that rounding of *activations*
-            inside 8-bit kernels does not count as an error of merging. Else None.
-        rounding: By module, measured on the weights that were read back.
-        dtype: Type of the merged weights; for requantised ones the type that they compute in.
-        requantised: Whether the merged weights are stored in codes again.
-    """
-
-    logits: Tensor
-    wanted: Tensor | None = None
-    rounding: Mapping[str, Rounding] = field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
-    requantised: bool = False
-
-    def difference(self, reference: Reference) -> float:
-        """Return the largest difference of a logit from what it should be.
-
-        Args:
-            reference: Of the live model.
-        """
-        wanted = reference.logits if self.wanted is None else self.wanted
-        return float((self.logits - wanted).abs().max())
-
-    def tolerance(self, reference: Reference) -> float:
-        """Return the largest difference of a logit to accept.
-
-        The merged weights themselves have been compared with the exact sums, to the last bit of
-        their type, so that this is about everything else. In single precision it is a thousandth
-        of the largest logit. What a shorter type does to logits depends on the model, up to half
-        of the adapter's own effect is accepted. Requantised weights have no last bit to compare:
-        they have to bring the model nearer to the trained one than it is without the adapter.
-
-        Args:
-            reference: Of the live model.
-        """
-        if self.requantised:
-            return reference.effect
-        largest = max(float(reference.logits.abs().max()), 1.0)
-        eps = torch.finfo(self.dtype).eps
-        bound = largest * max(1e-3, 8 * eps)
-        return max(bound, reference.effect / 2) if eps > 1e-6 else bound
-
-    def lines(self) -> tuple[str, ...]:
-        """Return what rounding did, in lines for the user."""
-        if not self.rounding:
-            return ()
-        form = "requantised" if self.requantised else str(self.dtype).removeprefix("torch.")
-        worst = max(self.rounding, key=lambda name: self.rounding[name].update)
-        updates = [r.update for r in self.rounding.values()]
-        weights = [r.weight for r in self.rounding.values()]
-        return (
-            f"rounding to {form}, relative to the merged weights: median "
-            f"{statistics.median(weights):.2g}, largest {max(weights):.2g}",
-            f"the same relative to the updates: median {statistics.median(updates):.2g}, largest "
-            f"{max(updates):.2g} ('{worst}')",
-        )
 
 
 def write_merged(
@@ -128,7 +49,8 @@ def write_merged(
 
     Raises:
         OptionError: If the options do not suit the base model.
-        PlanError: If a module cannot be merged, or the files do not hold what was merged.
+        PlanError: If a module cannot be merged, the files do not hold what was merged, or
+            requantising rounds the updates away.
     """
     inner: Any = model.get_base_model()
     if not hasattr(type(inner), "from_pretrained") or not hasattr(inner, "config"):
@@ -151,9 +73,10 @@ def write_merged(
             _write_stock(model, adapter, folder, getattr(torch, dtype) if dtype else None)
         again = _read_back(inner, folder).to(next(iter(batch.values())).device)
     rounding = _rounding(inner, again, adapter, requantise)
-    return Merged(
-        logits(again, _cast(batch, again)), wanted, rounding, _dtype(again, adapter), requantise
-    )
+    found = logits(again, _cast(batch, again))
+    merged = Merged(found, wanted, rounding, _dtype(again, adapter), requantise)
+    merged.check_kept()
+    return merged
 
 
 def _check_requantise(inner: Any, codes: bool, dtype: str | None) -> None:

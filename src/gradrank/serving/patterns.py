@@ -43,8 +43,10 @@ class Patterns:
         self._longest = longest
         self._compiled = {pattern: self._compile(pattern) for pattern in values}
         # What gradrank writes, and most of what others do, needs no expression at all.
-        self._exact = {_plain(pattern): pattern for pattern in reversed(values) if _plain(pattern)}
-        self._all_exact = len(self._exact) == len(self.values) and None not in self._exact
+        self._exact = {
+            _plain(pattern) or "": pattern for pattern in reversed(list(values)) if _plain(pattern)
+        }
+        self._all_exact = len(self._exact) == len(self.values)
 
     def _compile(self, pattern: str) -> Any:
         if len(pattern) > self._longest:
@@ -76,17 +78,15 @@ class Patterns:
         started = time.monotonic()
         try:
             for pattern, compiled in self._compiled.items():
-                left = self._left - (time.monotonic() - started)
-                if left <= 0:
-                    raise TimeoutError
+                left = max(self._left - (time.monotonic() - started), 1e-9)
                 if compiled.match(name, timeout=left):
                     return self.values[pattern]
-        except TimeoutError:
+        except TimeoutError as error:
             raise DataError(
                 f"the patterns in '{self._what}' take longer than {_SECONDS:g} s to compare with "
                 "the names of the modules, as expressions do that are meant to hang a reader. "
                 "Write the names out in full."
-            ) from None
+            ) from error
         finally:
             self._left -= time.monotonic() - started
         return default

@@ -41,7 +41,12 @@ def read_adapter(folder: Path) -> Adapter:
         updates[name] = Update(name, a, b, scales[name])
         taken |= set(own.values())
     other = {key: tensor for key, tensor in tensors.items() if key not in taken}
-    other = {key: tensor for key, tensor in other.items() if not _empty_factor(key, tensor)}
+    other = {
+        key: tensor
+        for key, tensor in other.items()
+        # Of an output layer that it adapts, PEFT saves the frozen weight too.
+        if not _empty_factor(key, tensor) and key.removesuffix(".base_layer.weight") not in updates
+    }
     return Adapter(updates, dict(facts.config.fields), other, features(facts, other))
 
 

@@ -1,5 +1,6 @@
 """Which modules of a model can carry a LoRA adapter, and how they are named and shaped."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -200,3 +201,22 @@ def _head_names(model: nn.Module, sites: dict[str, Site]) -> set[str]:
     getter = getattr(model, "get_output_embeddings", None)
     output = getter() if callable(getter) else None
     return heads | {name for name, site in sites.items() if site.module is output}
+
+
+def base_parameters(model: nn.Module) -> int:
+    """Count a model's parameters without adapters; tied weights once, packed ones unpacked.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The number of parameters.
+    """
+    total = 0
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        # 4-bit weights of bitsandbytes are packed in bytes and remember their true shape.
+        state = getattr(parameter, "quant_state", None)
+        total += math.prod(state.shape) if state is not None else parameter.numel()
+    return total

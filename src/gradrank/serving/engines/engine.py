@@ -73,11 +73,12 @@ class Engine(Protocol):
         """
         ...
 
-    def advice(self, adapter: Adapter) -> tuple[str, ...]:
+    def advice(self, adapter: Adapter, base: Base | None = None) -> tuple[str, ...]:
         """Return how to load it: flags of the server, in lines for the user.
 
         Args:
             adapter: What was written.
+            base: The base model, where it is at hand.
         """
         ...
 

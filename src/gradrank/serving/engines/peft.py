@@ -38,7 +38,7 @@ class Peft:
         del base
         return read_adapter(folder)
 
-    def advice(self, adapter: Adapter) -> tuple[str, ...]:
+    def advice(self, adapter: Adapter, base: Base | None = None) -> tuple[str, ...]:
         """See :class:`gradrank.serving.engines.engine.Engine`."""
-        del adapter
+        del adapter, base
         return ("load it with PeftModel.from_pretrained(base, folder)",)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from gradrank.serving.configuration import FILE as CONFIG
 from gradrank.serving.engines.engine import Base, plain_only
 from gradrank.serving.facts import FILE as WEIGHTS
 from gradrank.serving.facts import PREFIX, AdapterFacts
-from gradrank.serving.folder import write_flat
+from gradrank.serving.folder import write_exact
 from gradrank.serving.padding import GROUPS
 from gradrank.serving.patterns import Patterns
 
@@ -26,6 +26,8 @@ _QKV, _GATE_UP = GROUPS
 _FUSED = {_QKV: "qkv_proj", _GATE_UP: "gate_up_proj"}
 # Modules of ordinary decoders for which the engine keeps buffers without a word of the model's.
 _SERVED = (*_QKV, *_GATE_UP, "o_proj", "down_proj", *_FUSED.values())
+# Served as well, in buffers of their own, which are not proven here.
+_OUTSIDE = ("lm_head", "embed_tokens")
 
 
 class Sglang:
@@ -73,6 +75,8 @@ class Sglang:
         if not adapter.max_rank:
             raise PlanError("every module of the adapter has rank 0; there is nothing to export.")
         problems = _problems(adapter.ranks)
+        outside = [name for name in adapter.ranks if name.rpartition(".")[2] in _OUTSIDE]
+        problems += [f"gradrank has no proof that SGLang serves '{n}' rightly" for n in outside]
         if problems:
             raise PlanError(f"{problems[0]}. Leave it out, or export with target 'merged'.")
         made = adapter.with_updates(u.folded() for u in adapter.updates.values())
@@ -83,7 +87,8 @@ class Sglang:
                     "float32."
                 )
         # Without the base model's names, targets stay a list: an expression would be refused.
-        write_flat(made, folder, made.max_rank, made.max_rank)
+        most = made.max_rank
+        write_exact(made, folder, rank=most, alpha=most)
 
     def read(self, folder: Path, base: Base) -> Adapter:
         """Read a folder by SGLang's rule. This is a test double of SGLang's loading code.
@@ -118,8 +123,9 @@ class Sglang:
                 found[name] = Update(name, a, b, scale)
         return Adapter(found)
 
-    def advice(self, adapter: Adapter) -> tuple[str, ...]:
+    def advice(self, adapter: Adapter, base: Base | None = None) -> tuple[str, ...]:
         """See :class:`gradrank.serving.engines.engine.Engine`."""
+        del base
         targets = sorted({name.rpartition(".")[2] for name in adapter.updates})
         return (
             "serve it with python -m sglang.launch_server --model-path BASE --enable-lora "
@@ -128,13 +134,15 @@ class Sglang:
         )
 
 
-def _problems(names: Iterable[str]) -> list[str]:
+def _problems(names: Collection[str]) -> list[str]:
     """Return why SGLang would fail on, or pass over, modules of these names."""
     present, found = set(names), []
     slots: dict[tuple[str, str], str] = {}
     for name in names:
         stem, _, last = name.rpartition(".")
         place = _LAYER.search(f"{name}.")
+        if last in _OUTSIDE:
+            continue
         if place is None:
             found.append(f"'{name}' is in no 'layers.N', so SGLang passes over it in silence")
             continue
@@ -172,8 +180,11 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Return factors by module name, for everything that is in some layer."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if not _LAYER.search(key):
-            continue  # passed over in silence
+        if any(f".{name}.lora_" in f".{key}" for name in _OUTSIDE):
+            raise PlanError(f"this test double does not cover '{key}'.")
+        # Passed over in silence: what is in no layer, and a bias, whose place its factor takes.
+        if not _LAYER.search(key) or key.endswith(".lora_B.bias"):
+            continue
         name, sign, factor = key.removesuffix(".weight").rpartition(".lora_")
         if not sign or not key.endswith(".weight"):
             raise PlanError(f"SGLang would put the weight '{key}' where factors belong.")

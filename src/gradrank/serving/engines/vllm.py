@@ -1,7 +1,7 @@
-"""vLLM: ranks as they are, every scale folded into B, one rank and one alpha in the configuration.
+"""vLLM: ranks as they are, every scale folded into B, the largest rank in the configuration.
 
 Release 0.11.0 reads neither ``rank_pattern`` nor ``alpha_pattern``; release 0.33.0 reads both. What
-is written here needs neither, so both serve it alike.
+is written here has scale 1 by either rule, and by PEFT's.
 """
 
 import math
@@ -18,7 +18,7 @@ from gradrank.serving.configuration import FILE as CONFIG
 from gradrank.serving.engines.engine import Base, plain_only
 from gradrank.serving.facts import FILE as WEIGHTS
 from gradrank.serving.facts import PREFIX, AdapterFacts
-from gradrank.serving.folder import write_flat
+from gradrank.serving.folder import write_exact
 
 # What --max-lora-rank takes in both releases (0.33.0 takes 1 as well).
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -59,7 +59,8 @@ class Vllm:
         """See :class:`gradrank.serving.engines.engine.Engine`."""
         plain_only(adapter, self.name)
         made = _unscaled(adapter)
-        write_flat(made, folder, made.max_rank, made.max_rank, base.modules)
+        most = made.max_rank
+        write_exact(made, folder, base.modules, rank=most, alpha=most)
 
     def read(self, folder: Path, base: Base) -> Adapter:
         """Read a folder by vLLM's rule. This is a test double of vLLM's loading code.
@@ -102,8 +103,9 @@ class Vllm:
             found[name] = Update(name, wide, high, 1.0)
         return Adapter(found)
 
-    def advice(self, adapter: Adapter) -> tuple[str, ...]:
+    def advice(self, adapter: Adapter, base: Base | None = None) -> tuple[str, ...]:
         """See :class:`gradrank.serving.engines.engine.Engine`."""
+        del base
         flags = f"--enable-lora --max-lora-rank {largest_rank(adapter.max_rank)}"
         return (f"serve it with vllm serve BASE {flags} --lora-modules NAME=FOLDER",)
 
