@@ -23,7 +23,7 @@ from adapters.surgery_cases import (
     trained,
 )
 from cases import CASES, Case, hand_plan, tiny_llama
-from gradrank.adapters.view import alpha_for
+from gradrank.core.scales import alpha_for
 
 LLAMA = CASES["llama"]
 

@@ -17,6 +17,7 @@ from gradrank.adapters.parametrizations import ComponentMask, Singular
 from gradrank.adapters.partitioned import Partitioned, PartitionMask
 from gradrank.adapters.site import LoraSite
 from gradrank.core.errors import SurgeryError
+from gradrank.core.scales import alpha_for
 from gradrank.core.targets import Target
 from gradrank.signals.layers import find_sites, unwrapped
 
@@ -213,29 +214,6 @@ def layer_alpha(layer: Any, adapter: str, rank: int) -> float:
     present = layer.lora_alpha[adapter]
     divisor = math.sqrt(rank) if root else rank
     return present if present / divisor == scaling else alpha_for(scaling, rank, root)
-
-
-def alpha_for(scaling: float, rank: int, root: bool) -> float:
-    """Return the alpha from which PEFT computes a scale, to the last bit where that exists.
-
-    Args:
-        scaling: The scale.
-        rank: Rank of the layer.
-        root: Whether PEFT divides by the root of the rank (rsLoRA) or by the rank.
-
-    Returns:
-        The alpha; a whole number where it is one.
-
-    Examples:
-        >>> alpha_for(2.0, 7, root=False)
-        14
-    """
-    divisor = math.sqrt(rank) if root else rank
-    alpha = scaling * divisor
-    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    whole = float(round(alpha))
-    exact = next((a for a in (whole, *near) if a / divisor == scaling), alpha)
-    return int(exact) if exact.is_integer() else exact
 
 
 def _anchor(name: str) -> str:

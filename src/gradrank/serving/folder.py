@@ -10,8 +10,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gradrank.adapters.view import alpha_for
 from gradrank.core.errors import PlanError
+from gradrank.core.scales import alpha_for
 from gradrank.serving.adapter import Adapter
 from gradrank.serving.configuration import FILE as CONFIG
 from gradrank.serving.facts import FILE as WEIGHTS

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from gradrank.core.errors import PlanError
 from gradrank.serving.adapter import Adapter
@@ -33,9 +33,9 @@ class Engine(Protocol):
         paddings: The paddings that the engine reads rightly.
     """
 
-    name: str
-    pads: str
-    paddings: tuple[str, ...]
+    name: ClassVar[str]
+    pads: ClassVar[str]
+    paddings: ClassVar[tuple[str, ...]]
 
     def judge(self, facts: AdapterFacts) -> tuple[str, ...]:
         """Return why the engine would not serve an adapter rightly as it is stored.

@@ -3,12 +3,13 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from gradrank.adapters.view import alpha_for
 from gradrank.core.errors import PlanError
+from gradrank.core.scales import alpha_for
 from gradrank.serving.adapter import Adapter
 from gradrank.serving.engines.engine import Base, plain_only
 from gradrank.serving.facts import AdapterFacts, describe
@@ -26,9 +27,9 @@ _CONVERT = "python convert_lora_to_gguf.py --base BASE_FOLDER --outtype f32 FOLD
 class LlamaCpp:
     """One alpha for the whole adapter; the scale of a module is alpha over its own rank."""
 
-    name = "llama.cpp"
-    pads = "none"
-    paddings = ("none", "groups", "all")
+    name: ClassVar[str] = "llama.cpp"
+    pads: ClassVar[str] = "none"
+    paddings: ClassVar[tuple[str, ...]] = ("none", "groups", "all")
 
     def judge(self, facts: AdapterFacts) -> tuple[str, ...]:
         """See :class:`gradrank.serving.engines.engine.Engine`; its converter is judged."""

@@ -1,6 +1,7 @@
 """PEFT itself: exact ranks and scales in anchored patterns."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from gradrank.serving.adapter import Adapter
 from gradrank.serving.engines.engine import Base
@@ -12,9 +13,9 @@ from gradrank.serving.reading import read_adapter
 class Peft:
     """A stock PEFT adapter, which everything that builds on PEFT loads."""
 
-    name = "peft"
-    pads = "none"
-    paddings = ("none", "groups", "all")
+    name: ClassVar[str] = "peft"
+    pads: ClassVar[str] = "none"
+    paddings: ClassVar[tuple[str, ...]] = ("none", "groups", "all")
 
     def judge(self, facts: AdapterFacts) -> tuple[str, ...]:
         """See :class:`gradrank.serving.engines.engine.Engine`."""

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -33,9 +33,9 @@ _OUTSIDE = ("lm_head", "embed_tokens")
 class Sglang:
     """One buffer per fused group and layer, copied into only if the shapes agree."""
 
-    name = "sglang"
-    pads = "all"
-    paddings = ("all",)
+    name: ClassVar[str] = "sglang"
+    pads: ClassVar[str] = "all"
+    paddings: ClassVar[tuple[str, ...]] = ("all",)
 
     def judge(self, facts: AdapterFacts) -> tuple[str, ...]:
         """See :class:`gradrank.serving.engines.engine.Engine`."""

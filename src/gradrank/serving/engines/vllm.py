@@ -6,7 +6,7 @@ is written here has scale 1 by either rule, and by PEFT's.
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -30,9 +30,9 @@ _SCORES = {"classifier", "score"}
 class Vllm:
     """One global scale; buffers of the server's largest rank, into which any smaller one fits."""
 
-    name = "vllm"
-    pads = "none"
-    paddings = ("none", "groups", "all")
+    name: ClassVar[str] = "vllm"
+    pads: ClassVar[str] = "none"
+    paddings: ClassVar[tuple[str, ...]] = ("none", "groups", "all")
 
     def judge(self, facts: AdapterFacts) -> tuple[str, ...]:
         """See :class:`gradrank.serving.engines.engine.Engine`."""
