@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from gradrank.prepare import prepare_trainer as prepare_trainer
     from gradrank.record import RunRecord as RunRecord
     from gradrank.serving.export import ExportReport as ExportReport
+    from gradrank.serving.installing import load_adapter as load_adapter
     from gradrank.session import allocate as allocate
     from gradrank.session import apply as apply
     from gradrank.session import export as export
@@ -73,7 +74,6 @@ _WHERE = {
     "gradrank.adapters.surgery": ("EditReport", "edit"),
     "gradrank.callback": ("CapacityCallback",),
     "gradrank.controller": ("Controller", "reserve", "settle"),
-    "gradrank.serving.export": ("ExportReport",),
     "gradrank.core.budget": ("Budget",),
     "gradrank.core.errors": (
         "BudgetError",
@@ -110,6 +110,8 @@ _WHERE = {
     "gradrank.methods.waterfill": ("Waterfill",),
     "gradrank.prepare": ("prepare_trainer",),
     "gradrank.record": ("RunRecord",),
+    "gradrank.serving.export": ("ExportReport",),
+    "gradrank.serving.installing": ("load_adapter",),
     "gradrank.session": ("allocate", "apply", "export", "measure", "plan"),
     "gradrank.signals.measure": ("MeanGradient", "Spectrum"),
     "gradrank.signals.measurement": ("Measurement",),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from peft.utils.other import get_pattern_key
 import gradrank as gr
 from cases import hand_plan, randomise_adapter, tiny_llama
 from gradrank.serving.adapter import Adapter, Update
-from gradrank.serving.check import check_inputs, logits, reference
+from gradrank.serving.check import check_inputs, largest_error, logits, reference
 from gradrank.serving.combining import combine
 from gradrank.serving.facts import describe
 from gradrank.serving.installing import beside, install, taken
@@ -202,6 +203,35 @@ def test_one_adapter_with_weight_one_sums_to_itself(pair: tuple[Adapter, Adapter
     batch = check_inputs(model)
     found = summed_logits(model, pair[:1], [1.0], batch)
     torch.testing.assert_close(found, logits(model, batch), rtol=1e-5, atol=1e-6)
+
+
+# --- module by module ------------------------------------------------------------------------
+
+
+def dense_error(wanted: Adapter, seen: Adapter) -> float:
+    """The slow twin: every update as a whole matrix."""
+    largest = max(float(u.delta().norm()) for u in wanted.updates.values())
+    errors = []
+    for name in {*wanted.updates, *seen.updates}:
+        one, two = (a.updates[name].delta() if name in a.updates else 0 for a in (wanted, seen))
+        norm = float(torch.as_tensor(one).double().norm())
+        errors.append(float(torch.as_tensor(one - two).norm()) / (norm or largest))
+    return max(errors)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 + 1e-7, 1.5, 0.0, -1.0])
+def test_the_error_of_updates_is_that_of_whole_matrices(scale: float) -> None:
+    wanted = Adapter({"a": update(name="a"), "b": update(5, name="b"), "c": update(2, name="c")})
+    other = replace(update(5, name="b"), scaling=2.5 * scale)
+    seen = Adapter({"a": update(name="a").padded(4), "b": other, "d": update(1, 0.1, "d")})
+    error, name = largest_error(wanted, seen)
+    assert error == pytest.approx(dense_error(wanted, seen), rel=1e-9)
+    assert name in {-1.0: "b", 0.0: "bc"}.get(scale, "c")
+    same = Adapter({**seen.updates, "c": wanted.updates["c"]})
+    del same.updates["d"]
+    found, name = largest_error(wanted, same)
+    assert found == pytest.approx(abs(1 - scale), abs=1e-12)
+    assert scale == 1 or name == "b"
 
 
 # --- beside the trained one ------------------------------------------------------------------

@@ -140,6 +140,8 @@ def _lines(done: Any, out: Path, head: str, summed: float | None, count: int) ->
         f"check:   logits differ by at most {done.difference:.3g} on {checked_on} (allowed: "
         f"{done.tolerance:.3g}; the adapter changes them by {done.effect:.3g})"
     )
+    if done.ranks:
+        lines.append(f"         every update is within {done.error:.2g} of its norm")
     lines += [f"note:    {line}" for line in done.notes]
     lines += [f"use:     {line}" for line in done.advice]
     return lines
@@ -152,6 +154,7 @@ def _result(done: Any, out: Path, summed: float | None) -> dict[str, Any]:
         "difference": done.difference,
         "tolerance": done.tolerance,
         "effect": done.effect,
+        "error": done.error,
         "bytes": done.bytes,
         "bytes_before": done.bytes_before,
         "ranks": dict(done.ranks),

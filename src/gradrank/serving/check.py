@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from gradrank.core.errors import MeasurementError, OptionError
+from gradrank.serving.adapter import Adapter, Update
 
 # Rounding of float32 sums in another order, relative to the largest logit, in deep models.
 _NOISE = 1e-4
@@ -36,7 +37,7 @@ class Reference:
         Args:
             dtype: Of the factors that were written.
         """
-        return self.noise + 16 * torch.finfo(dtype).eps * self.effect
+        return self.noise + 8 * torch.finfo(dtype).eps * self.effect
 
     def difference(self, other: Tensor) -> float:
         """Return the largest absolute difference from other logits.
@@ -68,6 +69,41 @@ def reference(model: PeftModel, inputs: Mapping[str, Tensor]) -> Reference:
     noise = max(_NOISE, 8 * torch.finfo(dtype).eps) * largest
     effect = float((found - plain).abs().max()) if plain.shape == found.shape else largest
     return Reference(found, effect, noise)
+
+
+def largest_error(wanted: Adapter, seen: Adapter) -> tuple[float, str]:
+    """Compare all updates of two adapters, module by module.
+
+    Logits tell of everything at once, and a small module may hide in them; here it cannot.
+
+    Args:
+        wanted: The one.
+        seen: The other.
+
+    Returns:
+        Largest Frobenius norm of a difference, relative to the wanted update (to the largest one
+        where nothing is wanted), and the name of its module.
+    """
+    norms = {name: _norm([(update, 1.0)]) for name, update in wanted.updates.items()}
+    largest = max(norms.values(), default=0.0) or 1.0
+    worst = (0.0, "")
+    for name in {**wanted.updates, **seen.updates}:
+        one, other = wanted.updates.get(name), seen.updates.get(name)
+        parts = [(u, sign) for u, sign in ((one, 1.0), (other, -1.0)) if u is not None]
+        worst = max(worst, (_norm(parts) / (norms.get(name) or largest), name))
+    return worst
+
+
+def _norm(parts: list[tuple[Update, float]]) -> float:
+    """Return the Frobenius norm of a sum of updates, whose product is never formed."""
+    a = torch.cat([update.a.double() for update, _ in parts])
+    b = torch.cat([sign * update.scaling * update.b.double() for update, sign in parts], 1)
+    # Triangular factors keep what their squares would lose to cancellation.
+    return float((_triangle(b) @ _triangle(a.T).T).norm())
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    return torch.linalg.qr(matrix, mode="r").R
 
 
 @contextlib.contextmanager

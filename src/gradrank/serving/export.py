@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradrank.core.errors import OptionError, PlanError, nearest
 from gradrank.core.files import new_folder
 from gradrank.serving.adapter import Adapter
-from gradrank.serving.check import Reference, check_inputs, logits, reference
+from gradrank.serving.check import Reference, check_inputs, largest_error, logits, reference
 from gradrank.serving.compression import Losses, compress, truncate
 from gradrank.serving.engines.engine import Base, Engine
 from gradrank.serving.engines.registry import ENGINES
@@ -24,6 +24,8 @@ from gradrank.signals.layers import base_parameters, find_sites
 MERGED = "merged"
 TARGETS = (*ENGINES, MERGED)
 _QUIET = "the adapter hardly changes the logits of the check, so that the check proves little"
+# Relative error of an update that folding a scale in single precision may bring.
+_UPDATES = 1e-6
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -39,6 +41,7 @@ class ExportReport:
         tolerance: Largest difference that was allowed.
         bytes: Size of all files.
         bytes_before: Size of the adapter's tensors before the export.
+        error: Largest error of an update in the files, relative to its Frobenius norm.
         effect: Largest change of a logit that the adapter brings about.
         ranks: Rank by module as written; empty for ``merged``.
         losses: What a smaller budget cost, if one was given.
@@ -54,6 +57,7 @@ class ExportReport:
     tolerance: float
     bytes: int
     bytes_before: int = 0
+    error: float = 0.0
     effect: float = 0.0
     ranks: Mapping[str, int] = field(default_factory=dict)
     losses: Losses | None = None
@@ -193,6 +197,14 @@ class _Job:
         made = self.shaped(engine, dtype, padding)
         engine.write(made, folder, self.base)
         seen = engine.read(folder, self.base)
+        error, worst = largest_error(self.adapter, seen)
+        allowed = _UPDATES + 8 * torch.finfo(_coarsest(made)).eps
+        if not error <= allowed:
+            raise PlanError(
+                f"the {engine.name} export changes the update of '{worst}' by {error:.3g} of its "
+                f"norm, more than {allowed:.3g}; nothing was written. Please report this with the "
+                "adapter's configuration."
+            )
         with beside(self.model, seen, f"what {engine.name} reads"):
             found = logits(self.model, self.batch)
         return ExportReport(
@@ -202,15 +214,14 @@ class _Job:
             tolerance=self.tolerance(engine, made),
             bytes=0,
             ranks=made.ranks,
+            error=error,
             advice=engine.advice(made, self.base),
         )
 
     def tolerance(self, engine: Engine, made: Adapter) -> float:
         if engine.name == "peft" and made is self.adapter and self.losses is None:
             return 0.0
-        types = {u.a.dtype for u in made.updates.values()} or {torch.float32}
-        coarsest = max(types, key=lambda kind: torch.finfo(kind).eps)
-        return self.reference.tolerance(coarsest)
+        return self.reference.tolerance(_coarsest(made))
 
     def merged(self, folder: Path, dtype: str | None, requantise: bool) -> ExportReport:
         done: Merged = write_merged(self.model, self.adapter, folder, self.batch, dtype, requantise)
@@ -224,6 +235,11 @@ class _Job:
             rounding=done.rounding,
             notes=done.lines(),
         )
+
+
+def _coarsest(adapter: Adapter) -> torch.dtype:
+    types = {update.a.dtype for update in adapter.updates.values()} or {torch.float32}
+    return max(types, key=lambda kind: torch.finfo(kind).eps)
 
 
 def _check_options(model: nn.Module, target: str, dtype: str | None, padding: str | None) -> None:
