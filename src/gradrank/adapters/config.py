@@ -7,6 +7,7 @@ from peft import LoraConfig
 
 from gradrank.core.errors import OptionError, PlanError, nearest
 from gradrank.core.plan import Plan
+from gradrank.core.scales import anchored, tidy
 
 POLICIES = ("constant", "alpha/r", "rslora")
 _OURS = ("r", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "exclude_modules")
@@ -83,11 +84,11 @@ def stock_config(
     reference = plan.reference_rank
     if policy == "constant" and scaling is None:
         scaling = lora_alpha / reference
-    ranks = {_anchor(name): rank for name, rank in used.items() if rank != reference}
+    ranks = {anchored(name): rank for name, rank in used.items() if rank != reference}
     alphas: dict[str, float] = {}
     if policy == "constant":
-        alphas = {_anchor(n): _tidy(scaling * rank) for n, rank in used.items() if scaling}
-        lora_alpha = _tidy((scaling or 0) * reference)
+        alphas = {anchored(n): tidy(scaling * rank) for n, rank in used.items() if scaling}
+        lora_alpha = tidy((scaling or 0) * reference)
         alphas = {key: alpha for key, alpha in alphas.items() if alpha != lora_alpha}
     if all(p.target.kind == "conv1d" for p in plan.targets if p.rank):
         # GPT-2 stores weights as [d_in, d_out]; PEFT finds that out itself, but with a warning.
@@ -110,14 +111,6 @@ def _target_modules(plan: Plan, names: list[str]) -> list[str] | str:
     if clash or plan.provenance.get("ambiguous_suffixes", True):
         return "^(?:" + "|".join(re.escape(name) for name in names) + ")$"
     return names
-
-
-def _anchor(name: str) -> str:
-    return "^" + re.escape(name)
-
-
-def _tidy(alpha: float) -> float:
-    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _check_options(policy: str, scaling: float | None, options: dict[str, Any]) -> None:

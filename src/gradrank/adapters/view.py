@@ -17,7 +17,7 @@ from gradrank.adapters.parametrizations import ComponentMask, Singular
 from gradrank.adapters.partitioned import Partitioned, PartitionMask
 from gradrank.adapters.site import LoraSite
 from gradrank.core.errors import SurgeryError
-from gradrank.core.scales import alpha_for
+from gradrank.core.scales import alpha_for, anchored
 from gradrank.core.targets import Target
 from gradrank.signals.layers import find_sites, unwrapped
 
@@ -163,8 +163,8 @@ def sync_config(model: nn.Module, adapter: str) -> None:
     config.r = Counter(ranks.values()).most_common(1)[0][0]
     usual = [alphas[name] for name, rank in ranks.items() if rank == config.r]
     config.lora_alpha = Counter(usual).most_common(1)[0][0]
-    config.rank_pattern = {_anchor(n): rank for n, rank in ranks.items() if rank != config.r}
-    config.alpha_pattern = {_anchor(n): a for n, a in alphas.items() if a != config.lora_alpha}
+    config.rank_pattern = {anchored(n): rank for n, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {anchored(n): a for n, a in alphas.items() if a != config.lora_alpha}
     if config.init_lora_weights == "orthogonal":
         # PEFT initialises before it loads, and refuses odd ranks of this kind.
         config.init_lora_weights = True
@@ -214,7 +214,3 @@ def layer_alpha(layer: Any, adapter: str, rank: int) -> float:
     present = layer.lora_alpha[adapter]
     divisor = math.sqrt(rank) if root else rank
     return present if present / divisor == scaling else alpha_for(scaling, rank, root)
-
-
-def _anchor(name: str) -> str:
-    return "^" + re.escape(name)

@@ -1,6 +1,29 @@
-"""Scales of LoRA updates, and the alphas that PEFT computes them from."""
+"""What PEFT's configuration says of a module: pattern of its name, alpha of its scale."""
 
 import math
+import re
+
+
+def anchored(name: str) -> str:
+    r"""Return the pattern that means just one module: PEFT's patterns are ends of names.
+
+    Args:
+        name: Full name of the module.
+
+    Examples:
+        >>> anchored("enc.q")
+        '^enc\\\\.q'
+    """
+    return "^" + re.escape(name)
+
+
+def tidy(alpha: float) -> float:
+    """Return an alpha as a whole number if it is one.
+
+    Args:
+        alpha: The alpha.
+    """
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def alpha_for(scaling: float, rank: int, root: bool) -> float:

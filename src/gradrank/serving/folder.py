@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gradrank.core.errors import PlanError
-from gradrank.core.scales import alpha_for
+from gradrank.core.scales import alpha_for, anchored, tidy
 from gradrank.serving.adapter import Adapter
 from gradrank.serving.configuration import FILE as CONFIG
 from gradrank.serving.facts import FILE as WEIGHTS
@@ -57,9 +57,9 @@ def write_exact(
         alpha = Counter(usual).most_common(1)[0][0]
     fields = {
         "r": rank,
-        "lora_alpha": _tidy(alpha),
-        "rank_pattern": {_anchor(n): own for n, own in ranks.items() if own != rank},
-        "alpha_pattern": {_anchor(n): own for n, own in alphas.items() if own != alpha},
+        "lora_alpha": tidy(alpha),
+        "rank_pattern": {anchored(n): own for n, own in ranks.items() if own != rank},
+        "alpha_pattern": {anchored(n): own for n, own in alphas.items() if own != alpha},
     }
     _write(adapter, folder, fields, modules)
 
@@ -111,11 +111,3 @@ def _targets(names: list[str], modules: Collection[str]) -> list[str] | str:
         ):
             return "^(?:" + "|".join(re.escape(name) for name in names) + ")$"
     return names
-
-
-def _anchor(name: str) -> str:
-    return "^" + re.escape(name)
-
-
-def _tidy(alpha: float) -> float:
-    return int(alpha) if float(alpha).is_integer() else alpha
