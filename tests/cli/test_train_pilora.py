@@ -96,6 +96,17 @@ def test_the_adapter_is_stock_and_gives_the_same_logits(trained: Path, tmp_path:
     torch.testing.assert_close(whole, found, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("target", ["vllm", "sglang", "llama.cpp"])
+def test_rows_of_two_ranks_are_exported_for_engines(
+    trained: Path, target: str, tmp_path: Path
+) -> None:
+    result = invoke("export", trained, "--target", target, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    done = json.loads(result.stdout)
+    assert done["error"] < 1e-5
+    assert done["effect"] > 100 * done["difference"]
+
+
 @pytest.mark.parametrize("step", [2, SPLIT, 6])
 def test_it_resumes_in_either_stage(trained: Path, step: int, tmp_path: Path) -> None:
     again = tmp_path / "again"

@@ -87,7 +87,7 @@ def test_its_adapter_is_stock_and_has_the_recorded_ranks(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("trained", ["igu"], indirect=True)
-@pytest.mark.parametrize("target", ["peft", "merged"])
+@pytest.mark.parametrize("target", ["peft", "vllm", "sglang", "llama.cpp", "merged"])
 def test_it_exports(trained: Path, target: str, tmp_path: Path) -> None:
     out = tmp_path / target
     result = invoke("export", trained, "--target", target, "--out", out, "--json")

@@ -12,7 +12,7 @@ def anchored(name: str) -> str:
 
     Examples:
         >>> anchored("enc.q")
-        '^enc\\\\.q'
+        '^enc\\.q'
     """
     return "^" + re.escape(name)
 
