@@ -165,7 +165,7 @@ def test_a_wrong_scale_fails_the_export(tmp_path: Path, monkeypatch: pytest.Monk
 
     original = Vllm.write
     monkeypatch.setattr(Vllm, "write", careless)
-    with pytest.raises(PlanError, match="changes the update of .* nothing was written"):
+    with pytest.raises(PlanError, match=r"changes the update of .* nothing was written"):
         export(trained(), tmp_path / "out", "vllm")
     assert not (tmp_path / "out").exists()
 
