@@ -180,7 +180,7 @@ def test_show_says_why_an_engine_would_be_wrong(run: Run, tmp_path: Path) -> Non
         (("--budget", "3"), "below the floor"),
         (("--budget", "lots"), "lots"),
         (("--budget", "100", "--rank", "2"), "Give one of them"),
-        (("--weight", "1", "--weight", "2"), "1 adapters and 2 weights"),
+        (("--weight", "1", "--weight", "2"), "adapters (1) and of weights (2) differ"),
         (("--weight", "nan"), "no finite number"),
         (("--requantise",), "target 'merged'"),
         (("--requantise", "--target", "merged"), "not quantised"),

@@ -108,8 +108,8 @@ def _check(adapters: tuple[Path, ...], values: Mapping[str, Any]) -> None:
     weights = values["weights"]
     if weights and len(weights) != len(adapters):
         raise OptionError(
-            f"there are {len(adapters)} adapters and {len(weights)} weights. Give one --weight for "
-            "each adapter, in the same order, or none."
+            f"the numbers of adapters ({len(adapters)}) and of weights ({len(weights)}) differ. "
+            "Give one --weight for each adapter, in the same order, or none."
         )
     if values["budget"] is not None and values["rank"] is not None:
         raise OptionError("--budget and --rank were both given. Give one of them.")

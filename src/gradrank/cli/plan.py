@@ -15,7 +15,18 @@ from gradrank.core.errors import DataError, OptionError
 EXAMPLES = """\
 gradrank plan --model tiny-llama --task tiny-lm --budget uniform:4 --out my-plan
 gradrank plan --model ./my-model --data train.jsonl --head lm --budget 0.5% --out my-plan
-gradrank plan --from my-plan/measurement.safetensors --budget 200000 --option energy=0.8"""
+gradrank plan --from my-plan/measurement.safetensors --budget 200000 --option energy=0.8
+gradrank plan --model meta-llama/Meta-Llama-3-8B --dry-run --quantised 4 --max-length 2048"""
+
+
+# What a dry run looks at; all other flags of 'plan' are about data and files.
+_DRY = frozenset(
+    {
+        "model", "head", "max_length", "method", "option", "budget", "targets", "batches",
+        "batch_size", "accumulate", "preset", "device", "dtype", "quantised", "tflops", "dry_run",
+        "as_json", "quiet",
+    }
+)  # fmt: skip
 
 
 @click.command(cls=Verb, examples=EXAMPLES)
@@ -28,16 +39,56 @@ gradrank plan --from my-plan/measurement.safetensors --budget 200000 --option en
     type=click.Path(path_type=Path),
     help="Allocate at once from this measurement.safetensors; no model is loaded.",
 )
-@flags(*MEASURING, *RUNNING, *COMMON)
+@flags(*MEASURING, *RUNNING)
+@extra(
+    "Dry run",
+    "--dry-run",
+    is_flag=True,
+    default=False,
+    show_default=False,
+    help="Print parameters, memory and work from the model's configuration alone, and stop: no "
+    "weights and no data are read.",
+)
+@extra(
+    "Dry run",
+    "--quantised",
+    type=click.Choice(["4", "8"]),
+    help="Bits of the base weights, for the estimate of a dry run.",
+)
+@extra(
+    "Dry run",
+    "--tflops",
+    metavar="X",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Throughput that your device really reaches, in 10^12 operations per second: a dry run "
+    "then tells seconds.",
+)
+@flags(*COMMON)
 @click.pass_context
-def command(context: click.Context, as_json: bool, quiet: bool, **values: Any) -> None:
+def command(
+    context: click.Context,
+    as_json: bool,
+    quiet: bool,
+    dry_run: bool,
+    quantised: str | None,
+    tflops: float | None,
+    **values: Any,
+) -> None:
     """Measure gradients of a few mini-batches and decide which rank each module gets.
 
     Writes plan.json, measurement.safetensors, record.json, report.html and config.yaml into
-    --out, all of them or none.
+    --out, all of them or none. With --dry-run it only says what that and training would take.
     """
     console = Console(as_json, quiet)
     chosen = settings.collect(context, values)
+    if dry_run:
+        _check_dry(context, chosen)
+        with console.working():
+            from gradrank.cli import plan_dry
+
+            plan_dry.run(chosen, int(quantised) if quantised else None, tflops, console)
+        return
+    _check_wet(quantised, tflops)
     if unused := runfile.unused(context):
         console.say(f"not used by 'plan': {', '.join(unused)}")
     if values["measured"] is None:
@@ -55,6 +106,37 @@ def command(context: click.Context, as_json: bool, quiet: bool, **values: Any) -
 
             plan, out = plan_again(chosen, console)
     _tell(console, plan, out, again=values["measured"] is not None)
+
+
+def _check_dry(context: click.Context, chosen: settings.Settings) -> None:
+    """Refuse what ``--dry-run`` has no use for."""
+    typed = settings.given(context, command_line=True)
+    if "measured" in typed:
+        raise OptionError(
+            "--dry-run and --from do not go together: with --from everything has been measured "
+            "already. Leave one of them out."
+        )
+    keys = {str(p.name): p.opts[0] for p in context.command.params if p.expose_value}
+    useless = sorted(keys[name] for name in typed - _DRY if name in keys)
+    if useless:
+        raise OptionError(
+            f"--dry-run reads no data and writes nothing: leave out {', '.join(useless)}."
+        )
+    settings.check_method(chosen.method)
+    settings.check_budget(chosen.budget)
+    if not chosen.model:
+        raise OptionError(
+            "give a model with --model: a folder with its config.json, a hub name whose "
+            "config.json is in the cache, or one whose shapes are built in (tiny-llama, ...)."
+        )
+
+
+def _check_wet(quantised: str | None, tflops: float | None) -> None:
+    """Refuse what only ``--dry-run`` has a use for."""
+    if quantised or tflops:
+        raise OptionError(
+            "--quantised and --tflops are about a dry run only. Add --dry-run, or leave them out."
+        )
 
 
 def _check_again(context: click.Context, chosen: settings.Settings) -> None:
