@@ -2,8 +2,8 @@
 
 Usage: python -m benchmarks.findings [--page docs/findings.md]
 
-Every pair of lines ``<!-- table FOLDER METRIC [REFERENCE] -->`` and ``<!-- end -->`` in the page gets
-what the finished runs in ``results/compare/FOLDER`` say; METRIC ``own`` is each task's own.
+Every pair of lines ``<!-- table FOLDER METRIC [REFERENCE] -->`` and ``<!-- end -->`` in the page
+gets what the finished runs in ``results/compare/FOLDER`` say; METRIC ``own`` is each task's own.
 Nothing is trained.
 """
 
