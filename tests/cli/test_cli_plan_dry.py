@@ -7,7 +7,8 @@ import pytest
 from transformers import LlamaConfig, T5Config
 
 from cli.conftest import Run
-from gradrank.cli.plan_dry import measured_signals, size
+from gradrank.cli.plan_dry import size
+from gradrank.lab.measured import measured_signals
 from gradrank.methods.registry import create
 from gradrank.signals.measure import MeanGradient, Spectrum
 

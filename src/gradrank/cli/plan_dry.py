@@ -12,11 +12,11 @@ from gradrank.cli.settings import Settings
 from gradrank.cli.tables import table
 from gradrank.core.errors import OptionError
 from gradrank.lab.environment import DTYPES
+from gradrank.lab.measured import measured_signals
 from gradrank.lab.sized import Inquiry, Measuring, Sizes, Training
 from gradrank.lab.sizes import seconds
 from gradrank.lab.sizing import size_up
 from gradrank.methods.registry import create
-from gradrank.signals.measure import MeanGradient, Signal, Spectrum
 
 COUNTED = (
     "Counted: weights, living tensors of one forward and backward pass without padding (autograd's "
@@ -98,23 +98,6 @@ def inquiry(chosen: Settings, bits: int | None) -> Inquiry:
         bits=bits,
         gpu=gpu,
     )
-
-
-def measured_signals(method: Any) -> tuple[Signal, ...]:
-    """Return what ``gradrank plan`` measures for a method: other methods' sketches as well.
-
-    Args:
-        method: The method.
-
-    Returns:
-        The signals; none for a method that needs none.
-    """
-    signals = tuple(method.signals())
-    dense = any(isinstance(s, Spectrum) and s.estimator != "sketch" for s in signals)
-    if not signals or dense:
-        return signals
-    kinds = {type(signal) for signal in signals}
-    return (*signals, *(kind() for kind in (Spectrum, MeanGradient) if kind not in kinds))
 
 
 def cpu_tflops() -> float:

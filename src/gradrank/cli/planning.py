@@ -11,12 +11,12 @@ from gradrank.core.budget import Budget
 from gradrank.core.errors import BudgetError
 from gradrank.core.plan import Plan
 from gradrank.core.targets import Target
-from gradrank.lab.measured import narrow
+from gradrank.lab.measured import measured_signals, narrow
 from gradrank.lab.memory import PeakMemory
 from gradrank.methods.method import Assessment
 from gradrank.methods.registry import create
 from gradrank.session import allocate, base_parameters, find_targets, measure, model_facts
-from gradrank.signals.measure import MeanGradient, Signal, Spectrum
+from gradrank.signals.measure import Signal
 from gradrank.signals.measurement import Measurement
 
 
@@ -39,11 +39,7 @@ def make_plan(
     rehearse(prepared, [method], settings)
     if not method.signals():
         return plan_without_data(prepared, method, settings), None
-    signals = method.signals()
-    sketched = not any(isinstance(s, Spectrum) and s.estimator != "sketch" for s in signals)
-    if all_signals and sketched:
-        asked = {type(signal) for signal in signals}
-        signals = (*signals, *(kind() for kind in (Spectrum, MeanGradient) if kind not in asked))
+    signals = measured_signals(method) if all_signals else method.signals()
     measurement = take_measurement(prepared, signals, settings, console)
     return allocate(narrow(measurement, method.signals()), method, settings.budget), measurement
 

@@ -2,9 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from gradrank.signals.measure import MeanGradient, Signal, Spectrum
 from gradrank.signals.measurement import Measurement
+
+
+def measured_signals(method: Any) -> tuple[Signal, ...]:
+    """Return what ``gradrank plan`` measures for a method: other methods' sketches as well.
+
+    Args:
+        method: The method.
+
+    Returns:
+        The signals; none for a method that needs none.
+    """
+    signals = tuple(method.signals())
+    dense = any(isinstance(s, Spectrum) and s.estimator != "sketch" for s in signals)
+    if not signals or dense:
+        return signals
+    kinds = {type(signal) for signal in signals}
+    return (*signals, *(kind() for kind in (Spectrum, MeanGradient) if kind not in kinds))
 
 
 def narrow(measurement: Measurement, signals: Sequence[Signal]) -> Measurement:

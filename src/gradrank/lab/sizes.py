@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from gradrank.core.errors import OptionError
 from gradrank.core.targets import Target
 from gradrank.ops.sketch import prime_at_least
-from gradrank.signals.measure import MeanGradient, Signal, Spectrum
+from gradrank.signals.measure import MeanGradient, Signal, Spectrum, dense_blocks
 from gradrank.signals.spectrum import STORED_WIDTH
 
 FLOAT, DOUBLE = 4, 8
@@ -139,30 +139,6 @@ def spectrum_host_bytes(targets: Sequence[Target], signal: Spectrum, batches: in
     largest = max(sum(t.d_in * t.d_out for t in block) for block in blocks)
     joined = max(t.d_in * t.d_out for t in targets)
     return FLOAT * batches * (largest + joined) + gram
-
-
-def dense_blocks(targets: Sequence[Target], signal: Spectrum, batches: int) -> list[list[Target]]:
-    """Return the blocks of targets whose dense gradients are kept at once, one pass for each.
-
-    Args:
-        targets: The targets.
-        signal: The request.
-        batches: Mini-batches M.
-
-    Returns:
-        The blocks, in model order.
-    """
-    limit = signal.max_bytes // (FLOAT * (batches + 1))
-    blocks: list[list[Target]] = [[]]
-    used = 0
-    for target in targets:
-        size = target.d_in * target.d_out
-        if blocks[-1] and used + size > limit:
-            blocks.append([])
-            used = 0
-        blocks[-1].append(target)
-        used += size
-    return blocks
 
 
 def passes(targets: Sequence[Target], signals: Sequence[Signal], batches: int) -> int:

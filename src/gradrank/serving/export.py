@@ -16,7 +16,7 @@ from gradrank.serving.check import Reference, check_inputs, largest_error, logit
 from gradrank.serving.compression import Losses, compress, truncate
 from gradrank.serving.engines.engine import Base, Engine
 from gradrank.serving.engines.registry import ENGINES
-from gradrank.serving.installing import beside, taken
+from gradrank.serving.installing import base_name, beside, taken
 from gradrank.serving.merging import Merged, Rounding, write_merged
 from gradrank.serving.padding import PADDINGS, padded
 from gradrank.signals.layers import base_parameters, find_sites
@@ -159,7 +159,7 @@ class _Job:
     def base(self) -> Base:
         inner: Any = self.model.get_base_model()
         config = inner.config.to_dict() if hasattr(inner, "config") else {}
-        names = (name.replace(".base_layer", "") for name, _ in inner.named_modules())
+        names = (base_name(name) for name, _ in inner.named_modules())
         return Base(config, tuple(name for name in names if ".lora_" not in name))
 
     def smaller(self, budget: Any, rank: int | None) -> "_Job":

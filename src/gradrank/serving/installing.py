@@ -74,7 +74,7 @@ def _check_told(facts: AdapterFacts, base: nn.Module) -> None:
                     "configuration."
                 )
     stems = {key.partition(".lora_")[0] for key in facts.shapes if ".lora_" in key}
-    layers = [_base_name(n) for n, module in base.named_modules() if hasattr(module, "weight")]
+    layers = [base_name(n) for n, module in base.named_modules() if hasattr(module, "weight")]
     missing = config.lacks(layers, stems)
     if missing:
         raise DataError(f"it names '{missing[0]}' as a target and has no weights for it.")
@@ -175,7 +175,7 @@ def check_fit(base: nn.Module, adapter: Adapter, what: str) -> None:
         PlanError: If not.
     """
     wanted = {name: update.target for name, update in adapter.updates.items()}
-    modules = {_base_name(name) for name, _ in base.named_modules()}
+    modules = {base_name(name) for name, _ in base.named_modules()}
     missing = [name for name in wanted if name not in modules]
     if missing:
         raise PlanError(
@@ -214,7 +214,7 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _written(base: nn.Module, adapter: Adapter) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="gradrank-") as held:
-        names = [_base_name(name) for name, _ in base.named_modules()]
+        names = [base_name(name) for name, _ in base.named_modules()]
         write_exact(adapter, Path(held), names)
         yield Path(held)
 
@@ -228,7 +228,12 @@ def _explained(what: str) -> Iterator[None]:
         raise PlanError(f"{what} does not fit this model: {reason}") from error
 
 
-def _base_name(name: str) -> str:
+def base_name(name: str) -> str:
+    """Return a module's name without the layers that PEFT puts around it.
+
+    Args:
+        name: Its name in a wrapped model.
+    """
     return name.replace(".base_layer", "")
 
 

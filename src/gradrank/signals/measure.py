@@ -211,7 +211,7 @@ def _passes(
         elif signal.estimator == "sketch":
             together["spectrum"] = SketchProbe(targets, signal.sketch_dim, seed)
         else:
-            blocks = _blocks(targets, signal.max_bytes // (4 * (batches + 1)))
+            blocks = dense_blocks(targets, signal, batches)
             passes.extend(
                 ({target.name for target in block}, {"spectrum": DenseProbe(block)})
                 for block in blocks
@@ -219,13 +219,24 @@ def _passes(
     return [(names, together), *passes] if together else passes
 
 
-def _blocks(targets: Sequence[Target], weights: int) -> list[list[Target]]:
-    """Split targets into blocks of at most so many weights (a single one may exceed it)."""
+def dense_blocks(targets: Sequence[Target], signal: Spectrum, batches: int) -> list[list[Target]]:
+    """Return the blocks of targets whose dense gradients are kept at once, one pass for each.
+
+    Args:
+        targets: The targets.
+        signal: The request, with its ``max_bytes``; a single target may exceed them.
+        batches: Mini-batches M.
+
+    Returns:
+        The blocks, in model order.
+    """
+    # Float32 gradients of all mini-batches, and one more while a block is joined.
+    limit = signal.max_bytes // (4 * (batches + 1))
     blocks: list[list[Target]] = [[]]
     used = 0
     for target in targets:
         size = target.d_in * target.d_out
-        if blocks[-1] and used + size > weights:
+        if blocks[-1] and used + size > limit:
             blocks.append([])
             used = 0
         blocks[-1].append(target)
