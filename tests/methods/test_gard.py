@@ -50,6 +50,34 @@ def test_effective_ranks_equal_the_oracle_on_real_spectra(energy: float) -> None
         assert assessment.details[name]["effective_rank"] == wanted
 
 
+@pytest.mark.parametrize("energy", [0.3, 0.9, 1.0])
+def test_fractional_scores_equal_the_oracle_on_real_spectra(energy: float) -> None:
+    measurement = planted({"a": 1, "b": 3, "c": 8}, noise=0.05)
+    assessment = gr.Gard(energy=energy, fractional=True).assess(measurement.targets, measurement)
+    wanted = {
+        name: float(
+            oracle.fractional_rank(
+                [Fraction(v) for v in oracle.eigenvalues(rows).tolist()], Fraction(energy)
+            )
+        )
+        for name, rows in measurement.need_spectrum().rows.items()
+    }
+    total = sum(wanted.values())
+    assert assessment.scores == pytest.approx({n: v / total for n, v in wanted.items()})
+
+
+def test_fractions_tell_equal_effective_ranks_apart_and_keep_the_order_of_others() -> None:
+    # One rank's budget: at equal effective ranks the first name is served, whatever its energy.
+    measurement = planted({"a": 4, "b": 4, "c": 2})
+    measurement.need_spectrum().gram["a"][0::4, 0::4] *= 2
+    whole = gr.allocate(measurement, gr.Gard(), 32)
+    fine = gr.allocate(measurement, gr.Gard(fractional=True), 32)
+    assert whole.ranks == {"a": 1, "b": 0, "c": 0}
+    assert fine.ranks == {"a": 0, "b": 1, "c": 0}
+    scores = gr.Gard(fractional=True).assess(measurement.targets, measurement).scores
+    assert scores["b"] > scores["a"] > scores["c"]
+
+
 def test_centring_removes_the_mean_gradient() -> None:
     measurement = planted({"a": 1, "b": 2, "c": 4})
     assessment = gr.Gard(centring=True).assess(measurement.targets, measurement)

@@ -260,6 +260,18 @@ def test_effective_ranks_are_smoothed_by_the_papers_formula() -> None:
         ranks = dict(decision.ranks)
 
 
+def test_fractions_are_smoothed_while_the_record_keeps_whole_effective_ranks() -> None:
+    method = gr.DynamicGard(energy=0.9, beta=0.75, fractional=True)
+    course = method.course(PAIR, 8 * 32, TOTAL)
+    course.decide({"a": 4, "b": 4}, directions(2, 6))
+    details = course.decide({"a": 4, "b": 4}, directions(4, 1)).details
+    # Flat spectra of n directions reach 0.9 of their energy at 0.9 n.
+    assert details["smoothed"] == pytest.approx(
+        {"a": 0.9 * (0.75 * 2 + 0.25 * 4), "b": 0.9 * (0.75 * 6 + 0.25 * 1)}
+    )
+    assert details["effective_rank"] == {"a": 4, "b": 1}
+
+
 def test_ranks_move_towards_the_effective_ranks_step_by_step() -> None:
     course = gr.DynamicGard(energy=1.0, beta=0.0, max_delta=1).course(PAIR, 8 * 32, TOTAL)
     ranks, seen = {"a": 4, "b": 4}, []

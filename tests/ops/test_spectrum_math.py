@@ -13,6 +13,7 @@ from gradrank.ops.spectrum import (
     effective_rank,
     eigenvalues,
     entropy_rank,
+    fractional_rank,
     gram_matrix,
     stable_rank,
 )
@@ -30,6 +31,25 @@ def descending(values: list[int]) -> torch.Tensor:
 def test_effective_rank_equals_exact_arithmetic(values: list[int], energy: Fraction) -> None:
     found = int(effective_rank(descending(values), float(energy)))
     assert found == oracle.effective_rank(values, energy)
+
+
+@given(values=spectra, energy=energies)
+def test_fractional_rank_equals_exact_arithmetic(values: list[int], energy: Fraction) -> None:
+    found = float(fractional_rank(descending(values), float(energy)))
+    assert found == pytest.approx(float(oracle.fractional_rank(values, energy)), abs=1e-9)
+    whole = oracle.effective_rank(values, energy)
+    assert whole - 1 < found <= whole or found == whole == 0
+
+
+def test_the_oracle_catches_a_fraction_of_the_wrong_direction() -> None:
+    def of_the_next(values: list[int], energy: Fraction) -> Fraction:
+        whole = oracle.effective_rank(values, energy)
+        rest = energy * sum(values) - sum(values[: whole - 1])
+        return whole - 1 + rest / values[min(whole, len(values) - 1)]
+
+    assert of_the_next([6, 4, 2], Fraction(1, 2)) != oracle.fractional_rank(
+        [6, 4, 2], Fraction(1, 2)
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1, 1 / 3, 1e-20, 1e20])
@@ -53,7 +73,7 @@ def test_the_oracle_catches_a_strict_threshold() -> None:
 
 def test_zero_spectra_have_rank_zero() -> None:
     zero = torch.zeros(2, 5)
-    for measure in (effective_rank, entropy_rank, stable_rank):
+    for measure in (effective_rank, fractional_rank, entropy_rank, stable_rank):
         assert measure(zero).tolist() == [0, 0]
     assert not torch.isnan(entropy_rank(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))).any()
 

@@ -20,6 +20,21 @@ def effective_rank(values: Sequence[int | Fraction], energy: Fraction) -> int:
     raise AssertionError("the whole spectrum holds all of its energy")
 
 
+def fractional_rank(values: Sequence[int | Fraction], energy: Fraction) -> Fraction:
+    """Where the piecewise linear cumulative energy reaches ``energy`` of the total."""
+    ordered = sorted((Fraction(value) for value in values), reverse=True)
+    wanted = energy * sum(ordered)
+    if not sum(ordered):
+        return Fraction(0)
+    position = Fraction(0)
+    for value in ordered:
+        if wanted <= value:
+            return position + wanted / value
+        wanted -= value
+        position += 1
+    raise AssertionError("the whole spectrum holds all of its energy")
+
+
 def entropy_rank(values: Sequence[float]) -> float:
     """``exp(-Σ p log p)`` with ``p`` the shares of the singular values ``sqrt(λ)``."""
     sigma = [math.sqrt(value) for value in values if value > 0]

@@ -43,6 +43,7 @@ class Gard:
     estimator: str = option("sketch", "'sketch', or 'dense' (exact, more memory and passes)")
     sketch_dim: int = option(128, "sketch size on either side")
     centring: bool = option(False, "remove the mean gradient first (covariance, not Gram)")
+    fractional: bool = option(False, "read effective ranks between whole numbers: fewer ties")
     spend_leftover: bool = option(True, "spend what rounding left; false: the paper's rule alone")
 
     def __post_init__(self) -> None:
@@ -72,7 +73,7 @@ class Gard:
         """
         if measurement is None:
             raise MeasurementError("method 'gard' needs a measurement; none was given.")
-        return by_effective_rank(targets, measurement, self.energy, self.centring)
+        return by_effective_rank(targets, measurement, self.energy, self.centring, self.fractional)
 
     def ranks(
         self, targets: Sequence[Target], assessment: Assessment, budget: int

@@ -51,6 +51,7 @@ class DynamicGard:
     estimator: str = option("sketch", "'sketch', or 'dense' (exact, more memory, one process)")
     sketch_dim: int = option(128, "sketch size on either side")
     centring: bool = option(False, "remove the mean gradient first (covariance, not Gram)")
+    fractional: bool = option(False, "read effective ranks between whole numbers: fewer ties")
     spend_leftover: bool = option(True, "spend what rounding left; false: the paper's rule alone")
     interval: int = option(50, "optimizer steps between decisions (tau)")
     window: int = option(16, "recent mini-batches that a decision looks at, per process")
@@ -99,7 +100,7 @@ class DynamicGard:
             return Assessment({target.name: 1 / len(targets) for target in targets})
         if measurement is None:
             raise MeasurementError("gard-dynamic with start='measured' needs a measurement.")
-        return by_effective_rank(targets, measurement, self.energy, self.centring)
+        return by_effective_rank(targets, measurement, self.energy, self.centring, self.fractional)
 
     def ranks(
         self, targets: Sequence[Target], assessment: Assessment, budget: int
@@ -181,9 +182,11 @@ class GardCourse:
         method = self._method
         spectrum = measurement.need_spectrum()
         found = spectrum.effective_ranks(method.energy, method.centring)
+        read = spectrum.fractional_ranks if method.fractional else spectrum.effective_ranks
+        latest = read(method.energy, method.centring)
         beta = method.beta if self._smoothed else 0.0
         self._smoothed = {
-            t.name: beta * self._smoothed.get(t.name, 0.0) + (1 - beta) * found[t.name]
+            t.name: beta * self._smoothed.get(t.name, 0.0) + (1 - beta) * latest[t.name]
             for t in self._targets
         }
         details = {

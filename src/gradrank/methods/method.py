@@ -82,7 +82,11 @@ class CapacityMethod(Method, Protocol):
 
 
 def by_effective_rank(
-    targets: Sequence[Target], measurement: Measurement, energy: float, centring: bool
+    targets: Sequence[Target],
+    measurement: Measurement,
+    energy: float,
+    centring: bool,
+    fractional: bool = False,
 ) -> Assessment:
     """Return GARD's scores: effective ranks, normalised.
 
@@ -91,6 +95,7 @@ def by_effective_rank(
         measurement: Measurement with the spectrum signal.
         energy: Threshold of the effective rank.
         centring: Whether to remove the mean gradient first.
+        fractional: Whether to read effective ranks between the whole numbers.
 
     Returns:
         Scores that sum to 1, and per target the effective rank and its saturation, the share of
@@ -99,10 +104,12 @@ def by_effective_rank(
     Source:
         GARD, section 3.2.
     """
-    found = measurement.need_spectrum().effective_ranks(energy, centring)
+    spectrum = measurement.need_spectrum()
+    found = spectrum.effective_ranks(energy, centring)
+    scored = spectrum.fractional_ranks(energy, centring) if fractional else found
     ceiling = math.ceil(energy * measurement.batches - 1e-9)
     return Assessment(
-        normalised({target.name: found[target.name] for target in targets}),
+        normalised({target.name: scored[target.name] for target in targets}),
         details={
             target.name: {
                 "effective_rank": found[target.name],

@@ -105,6 +105,41 @@ def effective_rank(values: Tensor, energy: float = 0.9) -> Tensor:
     return torch.where(total[..., 0] > 0, needed, torch.zeros_like(needed))
 
 
+def fractional_rank(values: Tensor, energy: float = 0.9) -> Tensor:
+    r"""Return the energy-based effective rank of spectra, read between the whole numbers.
+
+    The cumulative energy is taken as a line between one direction and the next:
+    :math:`k - 1 + (\alpha E - \sum_{i<k} \lambda_i) / \lambda_k` with :math:`k = \hat r` and
+    :math:`E = \sum_i \lambda_i`. Rounded up it is :func:`effective_rank`, so that the order of
+    two targets with different effective ranks stays, and equal ones are told apart.
+
+    Args:
+        values: Eigenvalues, ``[..., M]``, descending, non-negative.
+        energy: Threshold α in (0, 1].
+
+    Returns:
+        ``[...]``, float64, in ``(effective_rank - 1, effective_rank]``, 0 for a zero spectrum.
+        Unit: directions.
+
+    Source:
+        Ours; GARD, section 3.2, rounds up.
+
+    Examples:
+        >>> float(fractional_rank(torch.tensor([6.0, 4.0]), energy=0.8))
+        1.5
+    """
+    whole = effective_rank(values, energy)
+    spectrum = values.double()
+    last = (whole - 1).clamp_min(0).unsqueeze(-1)
+    top = spectrum.gather(-1, last)[..., 0]
+    before = spectrum.cumsum(-1).gather(-1, last)[..., 0] - top
+    part = (spectrum.sum(-1) * energy - before) / top.clamp_min(torch.finfo(torch.float64).tiny)
+    # Rounding may carry the part a little over either end.
+    tiny = torch.finfo(torch.float64).eps
+    found = whole - 1 + part.clamp(tiny * spectrum.shape[-1], 1.0)
+    return torch.where(whole > 0, found, torch.zeros_like(found))
+
+
 def entropy_rank(values: Tensor) -> Tensor:
     r"""Return the entropy-based effective rank of spectra.
 

@@ -10,7 +10,13 @@ from torch import Tensor
 from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
 from gradrank.ops.sketch import fold, prime_at_least, random_signs, scatter_fold, seed_of
-from gradrank.ops.spectrum import centre, effective_rank, eigenvalues, gram_matrix
+from gradrank.ops.spectrum import (
+    centre,
+    effective_rank,
+    eigenvalues,
+    fractional_rank,
+    gram_matrix,
+)
 
 # A two-sided sketch of k x k numbers is folded once more to this width before it is stored: 4 KB
 # per target and batch. The relative error of an inner product is about sqrt(2 / width) for this
@@ -50,9 +56,25 @@ class SpectrumStatistic:
         Source:
             GARD, section 3.2.
         """
-        grams = torch.stack(list(self.gram.values()))
-        values = eigenvalues(centre(grams) if centring else grams)
+        values = self._eigenvalues(centring)
         return dict(zip(self.gram, effective_rank(values, energy).tolist(), strict=True))
+
+    def fractional_ranks(self, energy: float, centring: bool = False) -> dict[str, float]:
+        """Return the effective rank of every target, read between the whole numbers.
+
+        Args:
+            energy: Threshold α in (0, 1].
+            centring: Whether to remove the mean gradient first (covariance, not Gram).
+
+        Returns:
+            Rank per target, at most :meth:`effective_ranks` and less than one below it.
+        """
+        values = self._eigenvalues(centring)
+        return dict(zip(self.gram, fractional_rank(values, energy).tolist(), strict=True))
+
+    def _eigenvalues(self, centring: bool) -> Tensor:
+        grams = torch.stack(list(self.gram.values()))
+        return eigenvalues(centre(grams) if centring else grams)
 
     def subset(self, indices: Sequence[int]) -> "SpectrumStatistic":
         """Return the statistic of some of the batches.
