@@ -15,13 +15,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from benchmarks.igu_quadrature.collect import QUICK, StudySize
+from benchmarks.igu_quadrature.figures import study_figures
+from benchmarks.igu_quadrature.measure import PathSettings
+from benchmarks.igu_quadrature.results import study
+from benchmarks.igu_quadrature.tables import refresh
+
 from gradrank.core.files import read_json, write_json
 from gradrank.lab.cache import cache_root
-from gradrank.lab.path_collect import QUICK, StudySize
-from gradrank.lab.path_measure import PathSettings
-from gradrank.lab.path_results import study
-from gradrank.lab.path_tables import refresh
-from gradrank.report.figures_study import study_figures
 
 # peft 0.21.2 reads a property that transformers 5.23 has renamed.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

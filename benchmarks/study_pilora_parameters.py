@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import fill, markdown
+from benchmarks.pilora_parameters.findings import study
+
 from gradrank.core.files import read_json, write_json
-from gradrank.lab.neuron_findings import study
-from gradrank.lab.pages import fill, markdown
 
 Found = dict[str, Any]
 

@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import fill
+from benchmarks.regimes.measure import CASES, QUICK, START
+from benchmarks.regimes.readings import ENERGIES, NORM, gard
+from benchmarks.regimes.results import collect, summarise
+from benchmarks.regimes.tables import FEW, USUAL, average, models_of, pick, tables
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from gradrank.core.files import read_json
 from gradrank.lab.cache import cache_root
 from gradrank.lab.compare.bench import Bench
-from gradrank.lab.pages import fill
-from gradrank.lab.regimes_measure import CASES, QUICK, START
-from gradrank.lab.regimes_readings import ENERGIES, NORM, gard
-from gradrank.lab.regimes_results import collect, summarise
-from gradrank.lab.regimes_tables import FEW, USUAL, average, models_of, pick, tables
 from gradrank.report.style import Mark, percent_ticks, type_marks
 from gradrank.report.svg import Figure, canvas, finish, look
 

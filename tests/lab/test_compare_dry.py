@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from benchmarks.pilora_parameters.shapes import build_shapes
 
 from gradrank.core.errors import DataError, OptionError
 from gradrank.lab.arms import moving
@@ -18,7 +19,6 @@ from gradrank.lab.compare.dry_tasks import EXAMPLES
 from gradrank.lab.compare.grid import final_runs, stability_runs, tuning_runs
 from gradrank.lab.data import DataSpec, read_examples
 from gradrank.lab.models import resolve_model
-from gradrank.lab.neuron_shapes import build_shapes
 from gradrank.lab.recipes import read
 from gradrank.lab.tiny import TINY_MODELS
 from gradrank.session import allocate, base_parameters, find_targets

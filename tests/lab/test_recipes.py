@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from benchmarks.pilora_parameters.shapes import build_shapes
 
 from gradrank.core.budget import Budget
 from gradrank.core.errors import DataError, GradrankError
 from gradrank.core.targets import Target
 from gradrank.lab.compare.grid import cells, final_runs, stability_runs, tuning_runs
-from gradrank.lab.neuron_shapes import build_shapes
 from gradrank.lab.recipes import Recipe, read
 from gradrank.lab.tasks import TASKS
 

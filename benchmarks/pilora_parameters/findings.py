@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gradrank.core.targets import Target
-from gradrank.lab.neuron_parameters import (
+from benchmarks.pilora_parameters.parameters import (
     PRINTED,
     Choice,
     Printed,
@@ -19,7 +18,9 @@ from gradrank.lab.neuron_parameters import (
     share_by_ratio,
     stated_ratios,
 )
-from gradrank.lab.neuron_shapes import Shape, build_shapes
+from benchmarks.pilora_parameters.shapes import Shape, build_shapes
+
+from gradrank.core.targets import Target
 
 SCHEMA = "gradrank.study/pilora-parameters/1"
 Span = tuple[float, float, float]

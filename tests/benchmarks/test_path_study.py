@@ -7,17 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.igu_quadrature import findings as path_findings
+from benchmarks.igu_quadrature import noise as path_noise
+from benchmarks.igu_quadrature import ranking as path_ranking
+from benchmarks.igu_quadrature import results as path_results
+from benchmarks.igu_quadrature import study as path_study
+from benchmarks.igu_quadrature.collect import QUICK, Kept, Measured, StudySize
+from benchmarks.igu_quadrature.figures import study_figures
+from benchmarks.igu_quadrature.measure import PathSettings, Rig
+from benchmarks.igu_quadrature.scores import FORMS, Pool, estimators, split_half
+from benchmarks.igu_quadrature.tables import refresh, tables
+from benchmarks.pages import markdown
 
 from gradrank.core.errors import DataError, OptionError
-from gradrank.lab import path_findings, path_noise, path_ranking, path_results, path_study
-from gradrank.lab.pages import markdown
-from gradrank.lab.path_collect import QUICK, Kept, Measured, StudySize
-from gradrank.lab.path_measure import PathSettings, Rig
-from gradrank.lab.path_scores import FORMS, Pool, estimators, split_half
-from gradrank.lab.path_tables import refresh, tables
 from gradrank.methods.importance import ElementImportance
 from gradrank.ops import quadrature
-from gradrank.report.figures_study import study_figures
 from gradrank.signals.path import at_point
 from gradrank.signals.sensitivity import Observation
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.igu_quadrature.measure import PathSettings, Rig
+from benchmarks.igu_quadrature.study import chebyshev_points, gauss_legendre
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gradrank.core.files import write_atomic
-from gradrank.lab.path_measure import PathSettings, Rig
-from gradrank.lab.path_study import chebyshev_points, gauss_legendre
 
 Say = Callable[[str], None]
 

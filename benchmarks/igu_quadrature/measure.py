@@ -12,6 +12,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from benchmarks.igu_quadrature.layout import Layout
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -21,7 +22,6 @@ from gradrank.core.errors import OptionError
 from gradrank.lab.data import DataSpec, read_examples
 from gradrank.lab.encode import Batch, TaskData, load_task_data
 from gradrank.lab.models import resolve_model
-from gradrank.lab.path_layout import Layout
 from gradrank.ops.orthogonality import penalty_gradient
 from gradrank.ops.sketch import seed_of
 from gradrank.signals.path import FACTORS, Branch, at_point, gradients

@@ -7,14 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import stats
-
-from gradrank.core.errors import OptionError
-from gradrank.core.targets import Target
-from gradrank.lab.compare.bench import Bench, Loaded
-from gradrank.lab.regimes import (
+from benchmarks.regimes.measure import QUICK
+from benchmarks.regimes.views import (
     View,
     correlation,
     crossed,
@@ -27,7 +21,13 @@ from gradrank.lab.regimes import (
     views,
     within_shapes,
 )
-from gradrank.lab.regimes_measure import QUICK
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from gradrank.core.errors import OptionError
+from gradrank.core.targets import Target
+from gradrank.lab.compare.bench import Bench, Loaded
 from gradrank.ops.spectrum import eigenvalues, gram_matrix
 from gradrank.session import measure
 from gradrank.signals.measure import Spectrum

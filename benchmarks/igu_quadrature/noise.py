@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from benchmarks.igu_quadrature import study as path_study
+from benchmarks.igu_quadrature.layout import Layout
+from benchmarks.igu_quadrature.study import exact_weights, gauss_legendre, weights_of
 from torch import Tensor
 
-from gradrank.lab import path_study
-from gradrank.lab.path_layout import Layout
-from gradrank.lab.path_study import exact_weights, gauss_legendre, weights_of
 from gradrank.ops import quadrature
 from gradrank.ops.agreement import spearman
 from gradrank.signals.sensitivity import PathGradient

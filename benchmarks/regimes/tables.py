@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from gradrank.lab.pages import markdown
-from gradrank.lab.regimes import mean
-from gradrank.lab.regimes_measure import START
-from gradrank.lab.regimes_readings import ENERGIES, ENTROPY, NORM, STABLE, WATERFILL, gard
+from benchmarks.pages import markdown
+from benchmarks.regimes.measure import START
+from benchmarks.regimes.readings import ENERGIES, ENTROPY, NORM, STABLE, WATERFILL, gard
+from benchmarks.regimes.views import mean
 
 Found = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
@@ -21,7 +21,7 @@ def tables(found: Found, rows: Rows) -> dict[str, str]:
 
     Args:
         found: Results of the study.
-        rows: From :func:`gradrank.lab.regimes_results.summarise`.
+        rows: From :func:`benchmarks.regimes.results.summarise`.
     """
     return {
         "cases": _cases(found),

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from benchmarks.igu_quadrature.layout import Layout
+from benchmarks.igu_quadrature.study import exact_weights, weights_of
 from torch import Tensor
 
-from gradrank.lab.path_layout import Layout
-from gradrank.lab.path_study import exact_weights, weights_of
 from gradrank.methods.importance import ElementImportance
 from gradrank.ops.agreement import spearman
 from gradrank.ops.quadrature import Rule

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from benchmarks.regimes.measure import Case, Pass
+from benchmarks.regimes.views import mean, seen, views
 from torch import Tensor
 
 from gradrank.allocation import proportional
 from gradrank.core.budget import Budget
 from gradrank.core.targets import Target
-from gradrank.lab.regimes import mean, seen, views
-from gradrank.lab.regimes_measure import Case, Pass
 from gradrank.methods.gard import Gard
 from gradrank.methods.gradient_norm import GradientNorm
 from gradrank.methods.method import Assessment

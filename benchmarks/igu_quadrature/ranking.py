@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from benchmarks.igu_quadrature.collect import Measured
+from benchmarks.igu_quadrature.scores import FORMS, Pool, estimators, split_half, spread
 from torch import Tensor
 
 from gradrank.allocation import keep_directions
-from gradrank.lab.path_collect import Measured
-from gradrank.lab.path_scores import FORMS, Pool, estimators, split_half, spread
 from gradrank.ops.agreement import spearman
 
 # The share of the stored parameters that rankings really leave.

@@ -6,12 +6,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from benchmarks.pilora_parameters import parameters as counting
+from benchmarks.pilora_parameters.findings import study
+from benchmarks.pilora_parameters.shapes import Shape, build_shapes
 
 from gradrank.core.partition import NeuronPartition
 from gradrank.core.targets import Target
-from gradrank.lab import neuron_parameters as counting
-from gradrank.lab.neuron_findings import study
-from gradrank.lab.neuron_shapes import Shape, build_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMED = (

@@ -9,17 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
-
-from gradrank.core.errors import DataError
-from gradrank.core.files import read_json, write_json
-from gradrank.core.targets import Target
-from gradrank.evidence.stability import rank_agreement, share_in_common
-from gradrank.lab import regimes_results
-from gradrank.lab.compare.bench import Bench
-from gradrank.lab.regimes import View, within_shapes
-from gradrank.lab.regimes_measure import CASES, QUICK, Case, take
-from gradrank.lab.regimes_readings import (
+from benchmarks.regimes import results as regimes_results
+from benchmarks.regimes.measure import CASES, QUICK, Case, take
+from benchmarks.regimes.readings import (
     BUDGETS,
     NORM,
     STABLE,
@@ -29,8 +21,16 @@ from gradrank.lab.regimes_readings import (
     planned,
     resolved,
 )
-from gradrank.lab.regimes_results import collect, summarise
-from gradrank.lab.regimes_tables import pick, tables
+from benchmarks.regimes.results import collect, summarise
+from benchmarks.regimes.tables import pick, tables
+from benchmarks.regimes.views import View, within_shapes
+from scipy import stats
+
+from gradrank.core.errors import DataError
+from gradrank.core.files import read_json, write_json
+from gradrank.core.targets import Target
+from gradrank.evidence.stability import rank_agreement, share_in_common
+from gradrank.lab.compare.bench import Bench
 from gradrank.methods.registry import create
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,9 @@ interval too.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.pilora_parameters.shapes import Shape
+
 from gradrank.core.targets import Target, cost_of_rank_one
-from gradrank.lab.neuron_shapes import Shape
 
 HALF = 0.005
 _ROUNDING = 1e-9
@@ -20,7 +21,7 @@ class Printed:
     """What the paper prints about one model.
 
     Attributes:
-        model: Its name, as in :func:`gradrank.lab.neuron_shapes.build_shapes`.
+        model: Its name, as in :func:`benchmarks.pilora_parameters.shapes.build_shapes`.
         table: Where the figures stand.
         rank: Rank r of LoRA and of dominant neurons.
         supplementary_rank: Rank r' of the others.

@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from benchmarks.igu_quadrature import study as path_study
+from benchmarks.igu_quadrature.collect import Measured
+from benchmarks.igu_quadrature.layout import Layout
+from benchmarks.igu_quadrature.study import (
+    Slope,
+    exact_weights,
+    gauss_legendre,
+    interpolation,
+    weights_of,
+)
 from torch import Tensor
 
-from gradrank.lab import path_study
-from gradrank.lab.path_collect import Measured
-from gradrank.lab.path_layout import Layout
-from gradrank.lab.path_study import Slope, exact_weights, gauss_legendre, interpolation, weights_of
 from gradrank.ops import quadrature
 from gradrank.signals.path import FACTORS
 

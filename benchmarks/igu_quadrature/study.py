@@ -1,8 +1,8 @@
 r"""How well a sum of gradients stands for a path integral: quadrature, noise and bias.
 
 Everything here is arithmetic on gradients that were measured before, at nodes :math:`\alpha_k` of
-the path (:mod:`gradrank.lab.path_measure`). Between the nodes the gradient is interpolated, so
-that every estimator is a row of weights over the nodes: :math:`\hat I = \sum_k c_k g(\alpha_k)`.
+the path (:mod:`benchmarks.igu_quadrature.measure`). Between the nodes the gradient is interpolated,
+so that every estimator is a row of weights over the nodes: :math:`\hat I = \sum_k c_k g(\alpha_k)`.
 
 Errors are relative and in the norm of what is scored, :math:`w \odot \int g`:
 :math:`\|w \odot (\hat I - I)\| / \|w \odot I\|`.

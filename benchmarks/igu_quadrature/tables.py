@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradrank.lab.pages import fill, markdown
+from benchmarks.pages import fill, markdown
 
 Found = Mapping[str, Any]
 
@@ -13,7 +13,7 @@ def tables(found: Found) -> dict[str, str]:
     """Return every table in Markdown, by name.
 
     Args:
-        found: What :func:`gradrank.lab.path_results.study` returned.
+        found: What :func:`benchmarks.igu_quadrature.results.study` returned.
     """
     makers: dict[str, Callable[[Found], str]] = {
         "setting": _setting,
@@ -38,7 +38,7 @@ def tables(found: Found) -> dict[str, str]:
 
 
 def refresh(page: Path, found: Found) -> None:
-    """Write the tables into a page; see :func:`gradrank.lab.pages.fill`.
+    """Write the tables into a page; see :func:`benchmarks.pages.fill`.
 
     Args:
         page: The page.

@@ -8,15 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from gradrank.core.errors import DataError
-from gradrank.core.files import read_json, write_json
-from gradrank.core.targets import Target
-from gradrank.evidence.stability import rank_agreement, share_in_common
-from gradrank.lab.compare.bench import Bench
-from gradrank.lab.regimes import correlation, crossed, explain, mean, variation, within_shapes
-from gradrank.lab.regimes_measure import START, Case, kept, take
-from gradrank.lab.regimes_readings import (
+from benchmarks.regimes.measure import START, Case, kept, take
+from benchmarks.regimes.readings import (
     BUDGETS,
     MAGNITUDES,
     NORM,
@@ -24,6 +17,13 @@ from gradrank.lab.regimes_readings import (
     planned,
     read_pass,
 )
+from benchmarks.regimes.views import correlation, crossed, explain, mean, variation, within_shapes
+
+from gradrank.core.errors import DataError
+from gradrank.core.files import read_json, write_json
+from gradrank.core.targets import Target
+from gradrank.evidence.stability import rank_agreement, share_in_common
+from gradrank.lab.compare.bench import Bench
 from gradrank.ops.agreement import spearman
 
 SCHEMA = "gradrank.study-regimes/1"

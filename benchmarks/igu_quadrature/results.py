@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.igu_quadrature import findings as path_findings
+from benchmarks.igu_quadrature import noise as path_noise
+from benchmarks.igu_quadrature import ranking as path_ranking
+from benchmarks.igu_quadrature.collect import Measured, StudySize
+from benchmarks.igu_quadrature.measure import PathSettings
+from benchmarks.igu_quadrature.scores import Pool
+from benchmarks.igu_quadrature.study import exact_weights
 from torch import Tensor
 
-from gradrank.lab import path_findings, path_noise, path_ranking
-from gradrank.lab.path_collect import Measured, StudySize
-from gradrank.lab.path_measure import PathSettings
-from gradrank.lab.path_scores import Pool
-from gradrank.lab.path_study import exact_weights
 from gradrank.ops.quadrature import trapezoid
 from gradrank.record import finite
 
