@@ -1,22 +1,22 @@
 """Time the exact knapsack against the greedy fallback, and compare what they reach.
 
-Run ``python benchmarks/bench_allocate.py [--targets 224 1000] [--out FILE]``. Prints one line per
-shape family, number of targets, number of ranks and kind of gain. Seconds are of processor time,
-the middle one of several repeats, for the whole call: checking, table, search and ranks. The
-budget is uniform rank 8 and 7 parameters more, so that no whole number of ranks spends it.
+Usage: python -m benchmarks.bench_allocate [--targets 224 1000] [--quick]
+
+One row per shape family, number of targets, number of ranks and kind of gain. Seconds are the
+middle of several repeats of the whole call: checking, table, search and ranks. The budget is
+uniform rank 8 and 7 parameters more, so that no whole number of ranks spends it.
 """
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from benchmarks.frame import Bench, Found, Goal, Row, main
+from benchmarks.timing import take_turns
 
 from gradrank.allocation import allocate_gains
-from gradrank.core.files import write_json
 from gradrank.core.targets import Target
 
 SHAPES = {
@@ -47,6 +47,7 @@ SHAPES = {
         "mlp.down": (3072, 768),
     },
 }
+GOALS = (Goal("exact allocation, 1,000 targets x 64 ranks, slowest case", "slowest", "seconds", 1),)
 
 Gains = dict[str, list[float]]
 
@@ -87,57 +88,61 @@ def make_problem(shapes: str, count: int, ranks: int, kind: str) -> tuple[list[T
     return targets, {target.name: KINDS[kind](draw, ranks) for target in targets}
 
 
-def measure(
-    targets: Sequence[Target], gains: Gains, budget: int, solver: str, repeats: int
-) -> tuple[float, float]:
-    """Return seconds of processor time and the total gain."""
-    seconds, ranks = [], {}
-    for _ in range(repeats):
-        start = time.process_time()
-        ranks = allocate_gains(targets, gains, budget, solver=solver)
-        seconds.append(time.process_time() - start)
-    return statistics.median(seconds), sum(sum(gains[name][:r]) for name, r in ranks.items())
+def solve(shapes: str, count: int, ranks: int, kind: str, repeats: int) -> Row:
+    """Return the seconds of both solvers, and what share of the gain greedy reaches."""
+    targets, gains = make_problem(shapes, count, ranks, kind)
+    budget = 8 * sum(target.cost for target in targets) + 7
+    reached: dict[str, float] = {}
+
+    def turn(solver: str) -> Callable[[int], Any]:
+        def call(_number: int) -> None:
+            found = allocate_gains(targets, gains, budget, solver=solver)
+            reached[solver] = sum(sum(gains[name][:rank]) for name, rank in found.items())
+
+        return call
+
+    seconds = take_turns({solver: turn(solver) for solver in ("exact", "greedy")}, repeats)
+    return {
+        "seconds": statistics.median(seconds["exact"]),
+        "greedy_seconds": statistics.median(seconds["greedy"]),
+        "greedy_over_exact_gain": reached["greedy"] / reached["exact"],
+    }
 
 
-def main() -> None:
-    """Run all problems and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--targets", type=int, nargs="+", default=[224, 1000, 4000])
+def run(args: argparse.Namespace) -> Found:
+    """Solve all problems."""
+    rows: dict[str, Row] = {}
+    largest: list[float] = []
+    for shapes in SHAPES:
+        for count in args.targets:
+            for ranks in args.ranks:
+                for kind in KINDS:
+                    row = solve(shapes, count, ranks, kind, args.repeats)
+                    rows[f"{shapes}, {count} x {ranks}, {kind}"] = row
+                    if (count, ranks) == (1000, 64):
+                        largest.append(row["seconds"])
+    if largest:
+        rows["slowest"] = {"seconds": max(largest)}
+    return Found(rows)
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
+    parser.add_argument("--targets", type=int, nargs="+", default=[224, 1000])
     parser.add_argument("--ranks", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    print(
-        f"{'shapes':14}{'targets':>8}{'ranks':>6}  {'gains':12}{'exact s':>9}{'greedy s':>9}  ratio"
-    )
-    for shapes in SHAPES:
-        for count in options.targets:
-            for ranks in options.ranks:
-                for kind in KINDS:
-                    targets, gains = make_problem(shapes, count, ranks, kind)
-                    budget = 8 * sum(target.cost for target in targets) + 7
-                    exact, best = measure(targets, gains, budget, "exact", options.repeats)
-                    greedy, reached = measure(targets, gains, budget, "greedy", options.repeats)
-                    rows.append(
-                        {
-                            "shapes": shapes,
-                            "targets": count,
-                            "ranks": ranks,
-                            "gains": kind,
-                            "exact_seconds": exact,
-                            "greedy_seconds": greedy,
-                            "greedy_over_exact_gain": reached / best,
-                        }
-                    )
-                    print(
-                        f"{shapes:14}{count:8}{ranks:6}  {kind:12}{exact:9.3f}{greedy:9.3f}"
-                        f"  {reached / best:.6f}",
-                        flush=True,
-                    )
-    if options.out:
-        write_json(options.out, {"schema": "gradrank.bench/1", "name": "allocate", "rows": rows})
 
+
+BENCH = Bench(
+    name="allocate",
+    about="Time of exact allocation, and what the greedy fallback loses.",
+    minutes=0.5,
+    run=run,
+    flags=flags,
+    quick={"targets": [24], "ranks": [16], "repeats": 1},
+    goals=GOALS,
+    columns=("seconds", "greedy_seconds", "greedy_over_exact_gain"),
+)
 
 if __name__ == "__main__":
-    main()
+    main(BENCH)

@@ -31,7 +31,7 @@ from gradrank.session import allocate, apply, find_targets, measure
 from gradrank.signals.measure import MeanGradient, Spectrum
 
 SIGNALS = (Spectrum(), MeanGradient())
-PHASES = ("measuring", "training", "checkpointed")
+PHASES = ("measuring", "measuring_checkpointed", "training", "checkpointed")
 BATCHES, BUDGET = 4, "uniform:8"
 PLAIN = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
 # glibc keeps freed blocks of up to 32 MB for later, which counts as resident. Told to hand every
@@ -99,7 +99,7 @@ def llama(folder: Path, width: int, layers: int, batch_size: int, length: int) -
 
 
 def compared(name: str, spec: str, head: str, batch_size: int, length: int) -> list[Any]:
-    """Return predicted and measured sizes of the three phases."""
+    """Return predicted and measured sizes of all phases."""
     asked = Inquiry(
         spec,
         head,
@@ -113,7 +113,7 @@ def compared(name: str, spec: str, head: str, batch_size: int, length: int) -> l
     rows = []
     for phase in PHASES:
         part: Any = getattr(found, phase)
-        host = part.host if phase == "measuring" else 0
+        host = part.host if phase.startswith("measuring") else 0
         case = {"phase": phase, "spec": spec, "head": head, "size": batch_size, "length": length}
         command = [sys.executable, "-m", "benchmarks.study_sizes", "--case", json.dumps(case)]
         ways = WAYS if phase == "training" else {"exact": WAYS["exact"]}
@@ -132,7 +132,7 @@ def compared(name: str, spec: str, head: str, batch_size: int, length: int) -> l
         }
         rows.append(row)
         print(
-            f"{name:14} {batch_size:3} x {length:4} {phase:12} predicted "
+            f"{name:14} {batch_size:3} x {length:4} {phase:22} predicted "
             f"{row['predicted'] / 2**20:7.1f} MiB  measured {row['measured'] / 2**20:7.1f} MiB  "
             f"ratio {row['ratio']:.2f}",
             flush=True,
@@ -150,6 +150,7 @@ def measured(phase: str, spec: str, head: str, size: int, length: int) -> dict[s
     """Return the bytes that a phase adds to this process, the model included."""
     # What libraries allocate when they are first used is none of the model's.
     work("measuring", "tiny-llama", "lm", 1, 8)
+    work("measuring_checkpointed", "tiny-llama", "lm", 1, 8)
     work("checkpointed", "tiny-llama", "lm", 1, 8)
     with PeakMemory(torch.device("cpu")) as before:
         pass
@@ -168,9 +169,10 @@ def work(phase: str, spec: str, head: str, size: int, length: int) -> None:
     ids = torch.randint(4, config.vocab_size, (size, length))
     labels = ids.clone() if head == "lm" else ids[:, 0] % 2
     batch = {"input_ids": ids, "labels": labels}
-    if phase == "measuring":
+    if phase.startswith("measuring"):
         model.eval()
-        measure(model, [batch] * BATCHES, SIGNALS, num_batches=BATCHES)
+        again = phase == "measuring_checkpointed"
+        measure(model, [batch] * BATCHES, SIGNALS, num_batches=BATCHES, checkpoint=again)
         return
     plan = allocate(find_targets(model), "uniform", BUDGET)
     model = apply(plan, model, **head_options(model, head))

@@ -96,13 +96,13 @@ def test_what_json_lacks_becomes_null(tmp_path: Path) -> None:
     record = a_record(
         metrics={"perplexity": math.inf, "loss": math.nan},
         losses={"train": [[1, math.nan]]},
-        cost={"nested": {"x": (1.0, -math.inf)}},
+        config={"nested": {"x": (1.0, -math.inf)}},
     )
     record.save(tmp_path / "r.json")
     data = json.loads((tmp_path / "r.json").read_text())
     assert data["metrics"] == {"perplexity": None, "loss": None}
     assert data["losses"] == {"train": [[1, None]]}
-    assert data["cost"] == {"nested": {"x": [1.0, None]}}
+    assert data["config"] == {"nested": {"x": [1.0, None]}}
     assert gr.RunRecord.load(tmp_path / "r.json").metrics["loss"] is None
 
 

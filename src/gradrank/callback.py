@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from gradrank.adapters import sidecar
 from gradrank.adapters.guard import wrapping
@@ -35,7 +35,8 @@ class CapacityCallback(TrainerCallback):
     Pass it to the Trainer's constructor. Where several processes train, the layers then get
     fixed shapes with component masks before the model is wrapped, and their real ranks at the
     end. Every checkpoint gets a sidecar with the allocator's state;
-    :func:`prepare_trainer` makes resuming and ``load_best_model_at_end`` work.
+    :func:`prepare_trainer` makes resuming and ``load_best_model_at_end`` work, and lets every
+    decision appear in the Trainer's logs and in the trackers of ``report_to``.
 
     Attributes:
         run: What is measured, decided and done; None before training starts.
@@ -68,6 +69,7 @@ class CapacityCallback(TrainerCallback):
         self.run: CapacityRun | None = None
         self.resume_from: Path | None = None
         self._targets: tuple[Target, ...] | None = None
+        self._trainer: Trainer | None = None
 
     @property
     def ranks_over_time(self) -> list[Any]:
@@ -86,7 +88,7 @@ class CapacityCallback(TrainerCallback):
 
     @property
     def neurons(self) -> dict[str, Any] | None:
-        """Of methods that split neurons: the partitions and what they rest on."""
+        """The partitions and what they rest on, of methods that split neurons."""
         return self.run.neurons if self.run else self._saved("neurons")
 
     def close(self) -> None:
@@ -114,6 +116,18 @@ class CapacityCallback(TrainerCallback):
         if widens:
             reserve(model, self.method, self.budget, adapter=adapter, seed=self.seed, fixed=fixed)
         return widens
+
+    def report_through(self, trainer: Trainer) -> None:
+        """Let a Trainer log every decision, and so all that ``report_to`` names.
+
+        Logged as ``gradrank/parameters``, ``gradrank/budget``, ``gradrank/moved`` (parameters given
+        to targets that grew), ``gradrank/changed`` (targets), ``gradrank/smallest_rank``,
+        ``gradrank/largest_rank``, ``gradrank/seconds``, and the method's own single numbers.
+
+        Args:
+            trainer: The Trainer that has this callback.
+        """
+        self._trainer = trainer
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reserve ranks before the Trainer wraps the model."""
@@ -160,7 +174,8 @@ class CapacityCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take in the step; move capacity if a decision falls due."""
-        self._running().after_step(state.global_step)
+        if self._running().after_step(state.global_step) is not None:
+            self._log(control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the sidecar into the checkpoint, and mark it as whole."""
@@ -199,6 +214,15 @@ class CapacityCallback(TrainerCallback):
             raise SurgeryError(f"{problem} No decision was taken; the callback was not called.")
         warnings.warn(f"{problem} The ranks are those of the start.", UserWarning, stacklevel=2)
 
+    def _log(self, control: Any) -> None:
+        """Send the numbers of the last decision where the Trainer's own logs go."""
+        if self._trainer is None:
+            return
+        due = control.should_log
+        # Not the method of a subclass: TRL's would empty its own averages into this entry.
+        Trainer.log(self._trainer, _numbers(self._running()))
+        control.should_log = due  # what the Trainer has to say about this step is still to come
+
     def _saved(self, key: str) -> Any:
         """What a finished checkpoint that was loaded knows, when nothing is left to train."""
         if self.resume_from is None:
@@ -212,6 +236,14 @@ class CapacityCallback(TrainerCallback):
                 "trainer.train()."
             )
         return self.run
+
+
+def _numbers(run: CapacityRun) -> dict[str, float]:
+    """The last decision as single numbers, which is what trackers take."""
+    ranks = run.ranks.values()
+    facts = {**run.decisions[-1], "smallest_rank": min(ranks), "largest_rank": max(ranks)}
+    del facts["step"]
+    return {f"gradrank/{key}": fact for key, fact in facts.items() if type(fact) in {int, float}}
 
 
 def _refuse(args: Any) -> None:

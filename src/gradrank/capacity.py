@@ -27,7 +27,7 @@ from gradrank.ops.sketch import seed_of
 from gradrank.ready import check_ready, check_surplus
 from gradrank.record import finite
 from gradrank.session import base_parameters
-from gradrank.signals.distributed import is_distributed
+from gradrank.signals.distributed import bytes_exchanged, is_distributed
 from gradrank.signals.layers import unwrapped
 from gradrank.signals.replay import LossFunction
 from gradrank.signals.spectrum import under
@@ -101,6 +101,8 @@ class CapacityRun:
         self.ranks_over_time: list[Any] = [[0, self.ranks]]
         self.decisions: list[dict[str, Any]] = []
         self.neurons: dict[str, Any] | None = None
+        # Where the count stood when the last decision had been taken.
+        self._exchanged = bytes_exchanged()
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -186,6 +188,7 @@ class CapacityRun:
         changed = [name for name, (old, new) in report.ranks.items() if old != new]
         if changed:
             self.ranks_over_time.append([step, self.ranks])
+        before, self._exchanged = self._exchanged, bytes_exchanged()
         self.decisions.append(
             {
                 "step": step,
@@ -194,6 +197,7 @@ class CapacityRun:
                 "moved": report.moved,
                 "changed": len(changed),
                 "seconds": seconds,
+                "bytes_exchanged": self._exchanged - before,
                 "left_out": self._watch.left_out,
                 **decision.facts,
                 **{key: dict(column) for key, column in decision.details.items()},
@@ -275,6 +279,7 @@ class CapacityRun:
             raise TypeError(f"step {facts['step']!r}")
         self.step = facts["step"]
         self.ranks_over_time, self.decisions = facts["ranks_over_time"], facts["decisions"]
+        self._exchanged = bytes_exchanged() - facts.get("bytes_since_decision", 0)
         self.neurons = facts.get("neurons")
 
     def _facts(self) -> dict[str, Any]:
@@ -299,6 +304,7 @@ class CapacityRun:
             "scaling": {name: site.scaling for name, site in self._sites().items()},
             "ranks_over_time": self.ranks_over_time,
             "decisions": self.decisions,
+            "bytes_since_decision": bytes_exchanged() - self._exchanged,
         }
 
 

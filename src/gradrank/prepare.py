@@ -21,7 +21,7 @@ def prepare_trainer(trainer: Any) -> Any:
 
     Afterwards ``trainer.train(resume_from_checkpoint=True)`` picks the newest checkpoint that is
     whole, the model gets the checkpoint's ranks before its weights are loaded, and the allocator
-    goes on where it was.
+    goes on where it was. Every decision appears in the Trainer's logs, and so in its trackers.
 
     Args:
         trainer: A ``transformers.Trainer`` with a :class:`CapacityCallback` (or one with a static
@@ -39,6 +39,7 @@ def prepare_trainer(trainer: Any) -> Any:
     callback = found[0] if found else None
     if callback is not None:
         callback.attach(trainer.model, trainer.args)
+        callback.report_through(trainer)
     _Prepared(trainer, callback)
     trainer._gradrank_prepared = True
     return trainer

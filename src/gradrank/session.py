@@ -12,6 +12,7 @@ from torch import nn
 
 from gradrank.adapters.apply import apply_plan
 from gradrank.core.budget import Budget
+from gradrank.core.bytesize import parse_bytes
 from gradrank.core.errors import BudgetError, MeasurementError, OptionError, nearest
 from gradrank.core.plan import Plan, PlannedTarget
 from gradrank.core.targets import Target
@@ -21,8 +22,17 @@ from gradrank.reliability import split_half
 from gradrank.serving.export import ExportReport, export
 from gradrank.signals.distributed import all_or_none, is_distributed, merge_across_processes
 from gradrank.signals.layers import ALL_LINEAR, ambiguous_suffixes, base_parameters, find_sites
-from gradrank.signals.measure import SIGNALS, LossFunction, MeanGradient, Progress, Signal, run
+from gradrank.signals.measure import (
+    SIGNALS,
+    LossFunction,
+    MeanGradient,
+    Progress,
+    Signal,
+    run,
+    scheme_for,
+)
 from gradrank.signals.measurement import Measurement
+from gradrank.signals.scheme import Scheme, agreed
 
 __all__ = ["ExportReport", "allocate", "apply", "export", "measure", "plan"]
 
@@ -38,6 +48,8 @@ def measure(
     seed: int = 0,
     loss_function: LossFunction | None = None,
     progress: Progress | None = None,
+    checkpoint: bool | None = None,
+    max_memory: int | str | None = None,
 ) -> Measurement:
     """Measure gradients of a few mini-batches.
 
@@ -57,10 +69,19 @@ def measure(
             ``accumulate`` items of ``batches`` together.
         seed: Seed of sketches, shuffling and dropout while measuring.
         loss_function: ``(model, batch) -> scalar``; default: the model's own loss.
-        progress: Called with (done, total) after each mini-batch.
+        progress: Called with (done, total) after each mini-batch, in every pass over them.
+        checkpoint: Whether the model's repeated blocks keep only their inputs and are computed
+            again in the backward pass (nearly half as much work again). Default: if ``max_memory``
+            asks for it. A model whose own gradient checkpointing is on is measured with it.
+        max_memory: Cap on what measuring holds on the model's device beyond the model and its
+            batches, in bytes or as ``"8GiB"``. It is met by checkpointing, then by several passes
+            over the batches with a block of targets in each; the statistics are the same. What is
+            kept is an estimate from a forward pass of the largest micro-batch. Finished statistics
+            go to the host and are not counted.
 
     Returns:
-        The measurement.
+        The measurement; its ``info`` says how many ``passes`` were made, and whether
+        ``checkpointed``.
 
     Raises:
         OptionError: If the signal is unknown or a count is below 1.
@@ -72,18 +93,30 @@ def measure(
     signals = _signals(signal)
     sites = find_sites(model, targets)
     found = [site.target for site in sites]
+    cap = None if max_memory is None else parse_bytes(max_memory)
 
-    def work() -> Measurement:
+    def decide() -> tuple[list[list[Any]], Scheme]:
         groups = _take(batches, num_batches, accumulate, seed)
-        return run(model, sites, groups, signals, seed, loss_function, progress)
+        chosen = scheme_for(model, sites, groups, signals, loss_function, checkpoint, cap)
+        return groups, chosen
 
-    measurement = merge_across_processes(all_or_none(work))
+    def work(groups: list[list[Any]], scheme: Scheme) -> Measurement:
+        return run(model, sites, groups, signals, seed, loss_function, progress, scheme)
+
+    if cap is None:
+        own = all_or_none(lambda: work(*decide()))
+    else:
+        groups, scheme = all_or_none(decide)
+        scheme = agreed(scheme)
+        own = all_or_none(lambda: work(groups, scheme))
+    measurement = merge_across_processes(own)
     info = {
         **measurement.info,
         "base_parameters": base_parameters(model),
         "ambiguous_suffixes": ambiguous_suffixes(model, found),
         "model_name": model_name(model),
         "accumulate": accumulate,
+        "max_memory": cap,
         "processes": torch.distributed.get_world_size() if is_distributed() else 1,
     }
     return Measurement(measurement.targets, measurement.spectrum, measurement.mean_gradient, info)
@@ -169,7 +202,7 @@ def plan(
         budget: Parameters (``200000``), ``"uniform:8"``, a percentage (``"0.5%"``) or a Budget.
         targets: ``"all-linear"`` or names of modules.
         options: Options, when the method is given by name.
-        **measuring: Further arguments of :func:`measure` (``num_batches``, ``seed``, ...).
+        **measuring: Further arguments of :func:`measure` (``num_batches``, ``max_memory``, ...).
 
     Returns:
         The plan; ``get_peft_model(model, plan.lora_config())`` builds it.
@@ -195,6 +228,11 @@ def apply(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: Any) 
 
     Returns:
         The ``peft.PeftModel``.
+
+    Raises:
+        PlanError: If the plan names modules that the model lacks or shapes that it does not have,
+            or what was built is not exactly the plan.
+        OptionError: If an option would contradict the plan, or the policy is unknown.
     """
     return apply_plan(plan, model, lora_alpha, **options)
 

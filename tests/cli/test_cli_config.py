@@ -95,7 +95,7 @@ def test_a_missing_or_binary_file_is_named(tmp_path) -> None:
     with pytest.raises(DataError, match="could not be read"):
         collected("--config", tmp_path / "run.yaml")
     (tmp_path / "run.yaml").write_bytes(b" " * (2 << 20))
-    with pytest.raises(DataError, match="1 MiB"):
+    with pytest.raises(DataError, match="64 KiB"):
         collected("--config", tmp_path / "run.yaml")
 
 

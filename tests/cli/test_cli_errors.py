@@ -158,8 +158,8 @@ def test_diverging_training_says_what_to_do_and_keeps_the_record(run, monkeypatc
 
     add = Steps.add
 
-    def explode(self: Steps, loss: torch.Tensor, tokens: int) -> None:
-        add(self, loss * (float("nan") if self.done == 2 else 1.0), tokens)
+    def explode(self: Steps, loss: torch.Tensor, tokens: int, positions: int) -> None:
+        add(self, loss * (float("nan") if self.done == 2 else 1.0), tokens, positions)
 
     monkeypatch.setattr(Steps, "add", explode)
     result = run("train", *TINY, *SHORT, "--method", "uniform", "--out", "x")

@@ -59,6 +59,20 @@ def test_json_of_a_folder_with_a_configuration_only(run: Run) -> None:
     assert found["signals"] == ["spectrum (sketch)", "mean-gradient (40 directions)"]
 
 
+def test_a_cap_on_memory_is_kept_and_told(run: Run) -> None:
+    free = json.loads(run(*DRY, "tiny-llama", "--json").stdout)
+    assert free["measuring"]["passes"] == 1
+    less = free["measuring_checkpointed"]
+    assert less["activations"] < free["measuring"]["activations"]
+    result = run(*DRY, "tiny-llama", "--max-memory", "600KiB")
+    assert result.exit_code == 0, result.stderr
+    assert "beyond the model, --max-memory 600.0 KiB" in result.stdout
+    assert "checkpointed, " in result.stdout
+    forced = json.loads(run(*DRY, "tiny-llama", "--checkpoint", "--json").stdout)
+    assert forced["measuring"] == less
+    assert forced["measuring_checkpointed"] is None
+
+
 def test_a_method_that_measures_nothing(run: Run) -> None:
     result = run(*DRY, "tiny-gpt2", "--method", "uniform", "--device", "cpu", "--json")
     assert result.exit_code == 0, result.stderr
@@ -90,6 +104,8 @@ def test_a_budget_between_ranks_and_a_classifier(run: Run) -> None:
         (("--model", "tiny-llama", "--device", "cpu", "--dtype", "float16"), "not usable"),
         (("--model", "tiny-llama", "--targets", "q_prj"), "q_proj"),
         (("--model", "tiny-llama", "--budget", "3"), "3"),
+        (("--model", "tiny-llama", "--max-memory", "much"), "not understood"),
+        (("--model", "tiny-llama", "--max-memory", "9KiB"), "Measure smaller micro-batches"),
         ((), "give a model with --model"),
     ],
 )

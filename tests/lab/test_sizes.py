@@ -1,5 +1,7 @@
 """Sizes by formula and on shapes, against hand counts, torch's own counter and real tensors."""
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +11,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from gradrank.core.errors import DataError, OptionError
+from gradrank.core.errors import DataError, MeasurementError, OptionError
 from gradrank.core.targets import Target
 from gradrank.lab import sizes
 from gradrank.lab.compare.dry_models import config_of, empty_model
 from gradrank.lab.models import HEADS
-from gradrank.lab.shapes import Ledger, fake_batch, make_fake, one_pass, probe_of, weights_of
+from gradrank.lab.shapes import Ledger, fake_batch, make_fake, one_pass, weights_of
 from gradrank.lab.sized import Inquiry
 from gradrank.lab.sizes import Weight
 from gradrank.lab.sizing import recompute, size_up
 from gradrank.session import allocate, apply, find_targets, measure
+from gradrank.signals.blocks import checkpointed
+from gradrank.signals.held import dense_blocks, mean_gradient_bytes
 from gradrank.signals.layers import find_sites
-from gradrank.signals.measure import MeanGradient, Spectrum
+from gradrank.signals.mean_gradient import MeanGradientProbe
+from gradrank.signals.measure import MeanGradient, Spectrum, probe_for
 from gradrank.signals.observe import Observer
+from gradrank.signals.scheme import scheme_of
 from gradrank.signals.spectrum import SketchProbe
+from gradrank.signals.weigh import weigh
 
 SIGNALS = (Spectrum(), MeanGradient())
 LLAMA = {
@@ -90,18 +97,16 @@ def test_statistics_by_hand() -> None:
     host = sizes.spectrum_host_bytes(targets, Spectrum(), 3)
     assert host == 4 * 3 * (40 + 1024) + 2 * 8 * 9
     # k = 2, c = 5 (prime at least 5), at most d_out
-    assert sizes.mean_gradient_bytes(targets, MeanGradient(2)) == 4 * (
-        4 * 2 + 4 * 10 + 200 * 2 + 5 * 300
-    )
+    assert mean_gradient_bytes(targets, MeanGradient(2)) == 4 * (4 * 2 + 4 * 10 + 200 * 2 + 5 * 300)
 
 
 def test_dense_gradients_need_a_pass_per_block() -> None:
     targets = [Target(name, 10, 10) for name in "abc"]
     signal = Spectrum("dense", max_bytes=4 * 200 * 5)  # 200 weights beside 4 batches
-    assert [len(block) for block in sizes.dense_blocks(targets, signal, 4)] == [2, 1]
-    assert sizes.passes(targets, (signal,), 4) == 2
-    assert sizes.passes(targets, (signal, MeanGradient()), 4) == 3
-    assert sizes.passes(targets, SIGNALS, 4) == 1
+    assert [len(block) for block in dense_blocks(targets, signal, 4)] == [2, 1]
+    assert len(scheme_of(targets, (signal,), 4).passes) == 2
+    assert len(scheme_of(targets, (signal, MeanGradient()), 4).passes) == 3
+    assert len(scheme_of(targets, SIGNALS, 4).passes) == 1
     assert sizes.spectrum_host_bytes(targets, signal, 4) == 4 * 4 * (200 + 100) + 3 * 8 * 16
 
 
@@ -133,10 +138,10 @@ def test_shapes_and_values_allocate_alike(signal: Any) -> None:
     fake.eval()
     fake.config.use_cache = False
     with mode:
-        probe = probe_of(signal, targets)
+        probe = probe_for(signal, targets, 0)
     found = one_pass(fake, mode, lambda: fake_batch(fake, "lm", 3, 20), [probe], names)
     batch = real_batch(model, 3, 20)
-    with Observer(find_sites(model), [probe_of(signal, targets)]), Ledger() as ledger:
+    with Observer(find_sites(model), [probe_for(signal, targets, 0)]), Ledger() as ledger:
         model(**batch).loss.backward()
     assert found.peak == pytest.approx(ledger.peak, rel=0.02)
     assert found.forward + found.backward == ledger.flops
@@ -273,7 +278,50 @@ def test_dense_gradients_are_counted_block_by_block() -> None:
     signal = Spectrum("dense", max_bytes=40_000)
     found = size_up(Inquiry("tiny-llama", signals=(signal,), batches=3, batch_size=2, length=8))
     assert found.measuring is not None
-    assert found.measuring.passes == sizes.passes(found.outline.targets, (signal,), 3) > 1
+    assert found.measuring.passes == len(dense_blocks(found.outline.targets, signal, 3)) > 1
+
+
+def test_checkpointed_and_capped_measuring() -> None:
+    asked = Inquiry("tiny-llama", signals=SIGNALS, batches=4, batch_size=4, length=64)
+    free = size_up(asked)
+    plain, less = free.measuring, free.measuring_checkpointed
+    assert plain is not None
+    assert less is not None
+    assert less.activations < plain.activations
+    assert less.backward > plain.backward
+    assert (plain.checkpointed, less.checkpointed) == (False, True)
+    limit = (less.activations + less.statistics) * 3 // 4
+    capped = size_up(replace(asked, max_memory=limit))
+    assert capped.measuring is not None
+    assert capped.measuring.checkpointed
+    assert capped.measuring.passes > 1
+    # kept by an estimate, which is told from what the whole pass then holds
+    assert capped.measuring.activations + capped.measuring.statistics <= 1.15 * limit
+    assert capped.measuring_checkpointed is None
+    assert capped.to_dict()["max_memory"] == limit
+    with pytest.raises(MeasurementError, match="micro-batches"):
+        size_up(replace(asked, max_memory=10_000))
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("vocabulary", [96, 2048])
+def test_what_is_weighed_is_what_a_pass_holds(checkpoint: bool, vocabulary: int) -> None:
+    """The estimate without a backward pass, against every living tensor of one with it."""
+    config = LlamaConfig(
+        **LLAMA | {"vocab_size": vocabulary, "num_hidden_layers": 4, "use_cache": False}
+    )
+    model = HEADS["lm"][0].from_config(config).eval().requires_grad_(False)
+    targets, batch = find_targets(model), real_batch(model, 4, 64)
+    probes = [probe_for(signal, targets, 0) for signal in SIGNALS]
+    sites, names = find_sites(model), [target.name for target in targets]
+    memory = weigh(model, sites, probes, lambda: model(**batch).loss, batch)
+    for probe in probes:
+        if isinstance(probe, MeanGradientProbe):
+            probe.reserve()
+    around = checkpointed(model) if checkpoint else contextlib.nullcontext()
+    with around, Observer(sites, probes), Ledger() as ledger:
+        model(**batch).loss.backward()
+    assert memory.activations(names, checkpoint) == pytest.approx(ledger.peak, rel=0.15)
 
 
 def test_what_cannot_be_sized_up_is_refused() -> None:

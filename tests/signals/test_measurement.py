@@ -322,7 +322,7 @@ def test_other_files_are_refused(tmp_path: Path, whole: Measurement) -> None:
         Measurement.load(path)
     with pytest.raises(gr.MeasurementError, match="does not exist"):
         Measurement.load(tmp_path / "missing")
-    with pytest.raises(gr.MeasurementError, match="damaged"):
+    with pytest.raises(gr.MeasurementError, match="no ordinary file"):
         Measurement.load(tmp_path)
 
 

@@ -577,6 +577,7 @@ def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> list[T
 
     monkeypatch.setattr(scoring, "is_distributed", lambda: True)
     monkeypatch.setattr(scoring.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(scoring.dist, "get_backend", lambda: "gloo")
     monkeypatch.setattr(scoring.dist, "get_world_size", lambda: world)
     monkeypatch.setattr(scoring.dist, "all_reduce", all_reduce)
     return sent

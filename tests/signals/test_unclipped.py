@@ -111,15 +111,95 @@ def test_a_parameter_that_is_used_twice_is_copied_whole(net: Any) -> None:
     assert torch.equal(taken.take()[0], 2 * parameter.detach() + 3)
 
 
-def test_the_mean_over_processes_keeps_types_shapes_and_order(
-    monkeypatch: pytest.MonkeyPatch,
+class Processes:
+    """Two processes in one: what each puts into a collective call is known to the other."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+        self.summed = False
+        monkeypatch.setattr(unclipped.dist, "get_world_size", lambda: 2)
+
+    def averaged(self, own: list[Any], shared: list[Any]) -> list[list[torch.Tensor]]:
+        tables = [self._table(*pair) for pair in zip(own, shared, strict=True)]
+        self._patch.setattr(unclipped, "gather", lambda _: tables)
+        return [self._one(own, shared, rank) for rank in (0, 1)]
+
+    def _table(self, own: list[Any], shared: list[Any]) -> torch.Tensor:
+        sent: list[torch.Tensor] = []
+
+        def gather(table: torch.Tensor) -> list[torch.Tensor]:
+            sent.append(table)
+            return [table, table]
+
+        self._patch.setattr(unclipped, "gather", gather)
+        self._patch.setattr(unclipped, "sum_over_processes", lambda _: None)
+        unclipped.averaged(own, shared)
+        return sent[0]
+
+    def _one(self, own: list[Any], shared: list[Any], rank: int) -> list[torch.Tensor]:
+        def add(tensors: list[torch.Tensor]) -> None:
+            self.summed = True
+            for tensor, other in zip(tensors, own[1 - rank], strict=True):
+                tensor.add_(other)
+
+        self._patch.setattr(unclipped, "sum_over_processes", add)
+        return unclipped.averaged(own[rank], shared[rank])
+
+
+KINDS = (torch.float32, torch.bfloat16, torch.float32, torch.float64)
+
+
+def two(seed: int = 0) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
+    """Gradients of two processes, and their mean."""
+    generator = torch.Generator().manual_seed(seed)
+    own = [
+        [torch.randn(i + 3, 200, generator=generator).to(k) for i, k in enumerate(KINDS)]
+        for _ in range(2)
+    ]
+    return own, [(a + b) / 2 for a, b in zip(*own, strict=True)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 64.0])
+def test_what_clipping_left_of_the_mean_is_enough(
+    monkeypatch: pytest.MonkeyPatch, scale: float
 ) -> None:
-    """Of a second process that holds the same, three times as large."""
-    monkeypatch.setattr(unclipped.dist, "all_reduce", lambda flat: flat.mul_(4))
-    monkeypatch.setattr(unclipped.dist, "get_world_size", lambda: 2)
-    kinds = (torch.float32, torch.bfloat16, torch.float32, torch.float64)
-    given = [torch.full((i + 1, 2), float(i), dtype=kind) for i, kind in enumerate(kinds)]
-    found = unclipped.averaged(given)
-    assert [(t.dtype, t.shape) for t in found] == [(t.dtype, t.shape) for t in given]
-    assert [t.unique().tolist() for t in found] == [[0.0], [2.0], [4.0], [6.0]]
-    assert given[3].unique().tolist() == [3.0], "what was given has changed"
+    processes, (own, mean) = Processes(monkeypatch), two()
+    left = [grad * scale for grad in mean]
+    first, second = processes.averaged(own, [left, left])
+    assert not processes.summed, "the gradients themselves have travelled"
+    for found, other, wanted in zip(first, second, mean, strict=True):
+        assert torch.equal(found, other)
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(first[3], mean[3], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["by value", "not averaged", "gone", "one is gone", "opposite"])
+def test_gradients_travel_where_the_mean_cannot_be_known_otherwise(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    processes, (own, mean) = Processes(monkeypatch), two()
+    left: dict[str, list[Any]] = {
+        "by value": [[grad.clamp(-0.1, 0.1) * (i + 1) for i, grad in enumerate(mean)]] * 2,
+        "not averaged": own,
+        "gone": [[None] * 4] * 2,
+        "one is gone": [[None, *mean[1:]]] * 2,
+        "opposite": [[-grad for grad in mean]] * 2,
+    }
+    first, second = processes.averaged(own, left[what])
+    assert processes.summed
+    for found, other, wanted in zip(first, second, mean, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
+        assert torch.equal(found, other)
+
+
+def test_what_is_zero_everywhere_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes, (own, mean) = Processes(monkeypatch), two()
+    zeros = [torch.zeros(2, 2)]
+    own = [[*zeros, *mine] for mine in own]
+    first, _ = processes.averaged(own, [[None, *mean]] * 2)
+    assert not processes.summed
+    assert torch.equal(first[0], zeros[0])
+    nothing, _ = processes.averaged([zeros, zeros], [[None], [None]])
+    assert torch.equal(nothing[0], zeros[0])
+    assert not processes.summed

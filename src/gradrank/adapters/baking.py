@@ -32,6 +32,8 @@ def install(linear: nn.Linear, form: Form) -> None:
     """
     parametrize.register_parametrization(linear, "weight", form)
     type(linear).weight = property(_read_weight, _write_weight)  # pyright: ignore[reportAttributeAccessIssue]
+    if hasattr(form, "product"):
+        type(linear).forward = _form_product
     linear.register_state_dict_post_hook(_show_plain_weight)
     linear.register_load_state_dict_pre_hook(_take_plain_weight)
 
@@ -131,6 +133,13 @@ def _read_weight(linear: Any) -> Tensor:
         # more than one only where somebody else has added theirs.
         return behind._modules["0"].forward(*originals)
     return behind()
+
+
+def _form_product(linear: Any, x: Tensor) -> Tensor:
+    behind = _behind(linear)
+    if len(behind._modules) > 1:  # somebody else has added theirs
+        return nn.functional.linear(x, linear.weight, linear.bias)
+    return behind._modules["0"].product(x, linear.bias, *behind._parameters.values())
 
 
 def _write_weight(linear: Any, value: Tensor) -> None:

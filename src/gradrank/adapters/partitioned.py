@@ -2,10 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, pad
 
 from gradrank.adapters.parametrizations import Form, Masked, same_shape
 from gradrank.core.errors import OptionError
 from gradrank.core.partition import NeuronPartition
+
+_WIDTH = 16
 
 
 class Partitioned(Form):
@@ -38,14 +41,34 @@ class Partitioned(Form):
         self.register_buffer("upper", dominant.nonzero().flatten(), persistent=False)
         self.register_buffer("lower", (~dominant).nonzero().flatten(), persistent=False)
 
-    def forward(self, dominant: Tensor, supplementary: Tensor) -> Tensor:
-        """Return the expanded B from its two blocks."""
+    def forward(self, dominant: Tensor, supplementary: Tensor, spare: int = 0) -> Tensor:
+        """Return the expanded B from its two blocks, and ``spare`` columns of zeros."""
         rows = self.dominant.numel()
         # Copies by row, because their gradient is a gather; that of a gather adds row by row. A
         # function of our own with fewer temporaries was slower, with Python in both passes.
         left = dominant.new_zeros(rows, self.rank).index_copy(0, self.upper, dominant)
         right = supplementary.new_zeros(rows, self.supplementary_rank)
-        return torch.cat([left, right.index_copy(0, self.lower, supplementary)], dim=1)
+        parts = [left, right.index_copy(0, self.lower, supplementary)]
+        if spare:
+            parts.append(left.new_zeros(rows, spare))
+        return torch.cat(parts, dim=1)
+
+    def product(self, x: Tensor, bias: Tensor | None, *learned: Tensor) -> Tensor:
+        """Return ``x Bᵀ``, by a wider product where that is faster.
+
+        Products of an inner width of 9 take twice the time of those of 16 on a CPU, in the
+        backward pass most of all. So both sides get columns of zeros there, which change nothing.
+
+        Args:
+            x: ``[..., r + r']``.
+            bias: ``[d_out]``, or None.
+            *learned: The blocks of B.
+        """
+        width = self.rank + self.supplementary_rank
+        spare = -width % _WIDTH
+        if not spare or width > _WIDTH or x.device.type != "cpu" or not torch.is_grad_enabled():
+            return linear(x, self.forward(*learned), bias)
+        return linear(pad(x, (0, spare)), self.forward(*learned, spare), bias)
 
     def compose(self, **learned: Tensor) -> Tensor:
         """Return the weight as the layer uses it."""

@@ -16,6 +16,7 @@ from gradrank.adapters.view import PREFIX, lora_sites
 from gradrank.core.errors import DataError, PlanError
 from gradrank.core.files import write_atomic
 from gradrank.core.partition import NeuronPartition
+from gradrank.core.text import parse_json
 
 FILE = "gradrank_capacity.safetensors"
 SCHEMA = "gradrank.capacity/1"
@@ -57,7 +58,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     try:
         with safe_open(str(path), framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("gradrank", "{}"))
+            facts = parse_json((file.metadata() or {}).get("gradrank", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise DataError(f"'{path.name}' in '{path.parent.name}' is damaged: {error}.") from error
@@ -81,6 +82,8 @@ def stored_ranks(folder: Path, adapter: str = "default") -> dict[str, int]:
         DataError: If there is no adapter, or it is damaged.
     """
     path = _file(folder, adapter)
+    if not path.is_file():
+        raise DataError(f"'{folder.name}' holds no {_ADAPTER}.")
     try:
         with safe_open(str(path), framework="pt") as file:
             return {
@@ -90,8 +93,6 @@ def stored_ranks(folder: Path, adapter: str = "default") -> dict[str, int]:
                 for key in file.keys()  # noqa: SIM118
                 if key.endswith(_LORA_A)
             }
-    except FileNotFoundError as error:
-        raise DataError(f"'{folder.name}' holds no {_ADAPTER}.") from error
     except (SafetensorError, OSError, ValueError, IndexError) as error:
         raise DataError(f"'{path.name}' in '{folder.name}' is damaged: {error}.") from error
 

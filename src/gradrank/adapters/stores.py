@@ -1,15 +1,15 @@
 """Where a live parameter's weight and moments really are: in place, sharded, or with DeepSpeed."""
 
+import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradrank.adapters.baking import gathered, sharded_like
-from gradrank.signals.distributed import is_distributed
+from gradrank.signals.distributed import broadcast_in_place, gather, is_distributed
 
 
 class Store:
@@ -139,7 +139,8 @@ def store_for(optimizer: Any) -> Store:
 def agree(incisions: Iterable[Any]) -> None:
     """Let every process make the first one's incisions, in place.
 
-    Singular vectors have no sign of their own, and machines that differ may choose differently.
+    Singular vectors have no sign of their own, and machines that differ may choose differently. As
+    a rule all choose alike: a checksum shows that, and the tensors travel only where it does not.
 
     Args:
         incisions: New factors and carries, of equal shapes in all processes.
@@ -155,12 +156,18 @@ def agree(incisions: Iterable[Any]) -> None:
         )
         if tensor.numel()
     ]
-    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-        chosen = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.reshape(-1) for tensor in chosen])
-        dist.broadcast(flat, 0)
-        for tensor, part in zip(chosen, flat.split([t.numel() for t in chosen]), strict=True):
-            tensor.copy_(part.view(tensor.shape))
+    found = gather(_checksum(tensors))
+    if any(not torch.equal(found[0], other) for other in found[1:]):
+        broadcast_in_place(tensors)
+
+
+def _checksum(tensors: Iterable[Tensor]) -> Tensor:
+    """A digest of the bytes of tensors, ``[32]`` uint8."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
 def is_zero(optimizer: Any) -> bool:

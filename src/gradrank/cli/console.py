@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from gradrank.cli.exits import RunFailedError, explain_shortage
+from gradrank.core.errors import GradrankError
 from gradrank.record import finite
 
 Report = Callable[[int, int, str], None]
@@ -85,6 +87,9 @@ class Console:
 
         Yields:
             Nothing.
+
+        Raises:
+            RunFailedError: If memory or disk ran out; it says what to lower.
         """
         _quieten_libraries()
         with contextlib.ExitStack() as stack:
@@ -96,7 +101,13 @@ class Console:
             for module in ("transformers", "peft", "datasets", "accelerate", "huggingface_hub"):
                 warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
             warnings.showwarning = self._show_warning
-            yield
+            try:
+                yield
+            except Exception as error:
+                told = None if isinstance(error, GradrankError) else explain_shortage(error)
+                if told is not None:
+                    raise RunFailedError(told) from error
+                raise
 
     @contextlib.contextmanager
     def progress(self, what: str) -> Iterator[Report]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gradrank.core.errors import OutputError
-from gradrank.core.files import explain_os_error, refuse_existing
+from gradrank.core.files import explain_os_error, is_temporary, refuse_existing
+from gradrank.core.locks import held
 
 RUN_FILES = (
     "config.yaml", "plan.json", "measurement.safetensors", "record.json", "report.html",
@@ -35,12 +36,18 @@ def check_out(path: Path, overwrite: bool, known: Sequence[str] = RUN_FILES) -> 
         OutputError: If the folder may not be replaced.
     """
     refuse_existing(path, overwrite)
+    # Before hours of work, not after them.
+    above = next((folder for folder in path.absolute().parents if folder.exists()), None)
+    if above is not None and not (above.is_dir() and os.access(above, os.W_OK)):
+        what = "may not be written" if above.is_dir() else "is a file"
+        raise OutputError(f"'{path}' cannot be made: '{above}' {what}. Choose another --out.")
     if not path.is_dir():
         return
     foreign = [
         item.name
         for item in sorted(path.iterdir())
         if not any(fnmatch.fnmatchcase(item.name, pattern) for pattern in known)
+        and not is_temporary(item.name)
     ]
     if foreign:
         listed = ", ".join(f"'{name}'" for name in foreign[:3])
@@ -56,7 +63,8 @@ def run_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """Make the folder of a long run, in place, so that an interrupted run can be resumed there.
 
     What stood there before is kept aside until the new run has left something to keep (a record
-    or a checkpoint); if it leaves nothing, the old folder is put back.
+    or a checkpoint); if it leaves nothing, the old folder is put back. A run that was killed could
+    not put it back: the next one does. While a run writes, no other may have its folder.
 
     Args:
         path: The folder.
@@ -66,26 +74,54 @@ def run_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         The folder, empty.
 
     Raises:
-        OutputError: If it may not be replaced or cannot be made.
+        OutputError: If it may not be replaced or cannot be made, or if another run writes to it.
     """
-    check_out(path, overwrite)
-    aside = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        had_one = path.is_dir()
-        if had_one:
-            path.rename(aside)
-        path.mkdir()
-    except OSError as error:
-        raise OutputError(explain_os_error(error, path)) from error
-    try:
-        yield path
-    finally:
-        if not worth_keeping(path):
-            shutil.rmtree(path, ignore_errors=True)
+    aside = path.with_name(f".{path.name}.replaced")
+    put_back(path)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(held(path))
+        check_out(path, overwrite)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            had_one = path.is_dir()
             if had_one:
+                path.rename(aside)
+            path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(explain_os_error(error, path)) from error
+        stack.enter_context(held(path))
+        try:
+            yield path
+        finally:
+            if not worth_keeping(path):
+                shutil.rmtree(path, ignore_errors=True)
+                if had_one:
+                    aside.rename(path)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_back(path: Path) -> None:
+    """Put a run back that one that was killed had put aside, if that one left nothing to keep.
+
+    Args:
+        path: The folder of both.
+
+    Raises:
+        OutputError: If it cannot be put back.
+    """
+    aside = path.with_name(f".{path.name}.replaced")
+    if not aside.is_dir():
+        return
+    with held(aside, path), held(path):
+        try:
+            if not worth_keeping(path):
+                if path.is_dir():
+                    shutil.rmtree(path)
                 aside.rename(path)
-        shutil.rmtree(aside, ignore_errors=True)
+            else:
+                shutil.rmtree(aside)
+        except OSError as error:
+            raise OutputError(explain_os_error(error, path)) from error
 
 
 @contextlib.contextmanager

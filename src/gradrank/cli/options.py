@@ -118,6 +118,22 @@ _FLAGS: dict[str, Callable[[], Flag]] = {
         default=1,
         help="Micro-batches in a mini-batch, and in a training step.",
     ),
+    "checkpoint": flag(
+        _S,
+        "--checkpoint/--no-checkpoint",
+        default=None,
+        show_default=False,
+        help="Measure with gradient checkpointing: far less memory, half as much work again. "
+        "Default: only if --max-memory asks for it.",
+    ),
+    "max_memory": flag(
+        _S,
+        "--max-memory",
+        metavar="BYTES",
+        show_default=False,
+        help="Cap on what measuring holds beyond the model, as 8GiB or 512MiB: met by "
+        "checkpointing, then by several passes over the batches.",
+    ),
     "calibration_seed": flag(
         _S,
         "--calibration-seed",
@@ -184,10 +200,13 @@ DATA = (
     "head", "max_length", "trust_remote_code",
 )  # fmt: skip
 METHOD = ("method", "option", "budget", "targets")
-MEASURING = ("batches", "batch_size", "accumulate", "calibration_seed")
+MEASURING = (
+    "batches", "batch_size", "accumulate", "checkpoint", "max_memory", "calibration_seed",
+)  # fmt: skip
 TRAINING = (
     "steps", "epochs", "lr", "schedule", "warmup", "weight_decay", "lora_alpha", "lora_dropout",
     "eval_every", "eval_batches", "checkpoint_every", "gradient_checkpointing",
+    "group_by_length", "workers",
 )  # fmt: skip
 RUNNING = ("preset", "seed", "device", "dtype", "out", "overwrite")
 COMMON = ("config", "json", "quiet", "debug")

@@ -16,15 +16,16 @@ EXAMPLES = """\
 gradrank plan --model tiny-llama --task tiny-lm --budget uniform:4 --out my-plan
 gradrank plan --model ./my-model --data train.jsonl --head lm --budget 0.5% --out my-plan
 gradrank plan --from my-plan/measurement.safetensors --budget 200000 --option energy=0.8
-gradrank plan --model meta-llama/Meta-Llama-3-8B --dry-run --quantised 4 --max-length 2048"""
+gradrank plan --model meta-llama/Meta-Llama-3-8B --dry-run --quantised 4 --max-length 2048
+gradrank plan --model ./my-model --task NAME --batch-size 1 --max-memory 8GiB --out my-plan"""
 
 
 # What a dry run looks at; all other flags of 'plan' are about data and files.
 _DRY = frozenset(
     {
         "model", "head", "max_length", "method", "option", "budget", "targets", "batches",
-        "batch_size", "accumulate", "preset", "device", "dtype", "quantised", "tflops", "dry_run",
-        "as_json", "quiet",
+        "batch_size", "accumulate", "checkpoint", "max_memory", "preset", "device", "dtype",
+        "quantised", "tflops", "dry_run", "as_json", "quiet",
     }
 )  # fmt: skip
 
@@ -124,6 +125,7 @@ def _check_dry(context: click.Context, chosen: settings.Settings) -> None:
         )
     settings.check_method(chosen.method)
     settings.check_budget(chosen.budget)
+    settings.check_memory(chosen.max_memory)
     if not chosen.model:
         raise OptionError(
             "give a model with --model: a folder with its config.json, a hub name whose "
@@ -148,7 +150,11 @@ def _check_again(context: click.Context, chosen: settings.Settings) -> None:
         names = ", ".join("--" + name.replace("_", "-") for name in sorted(useless))
         raise OptionError(f"--from loads no model and measures nothing: leave out {names}.")
     if not Path(str(chosen.measured)).is_file():
-        raise DataError(f"--from: file '{chosen.measured}' does not exist.")
+        what = "is a folder" if Path(str(chosen.measured)).is_dir() else "does not exist"
+        raise DataError(
+            f"--from: file '{chosen.measured}' {what}. Give the measurement.safetensors of an "
+            "earlier 'gradrank plan'."
+        )
     if chosen.out is not None:
         check_out(chosen.out, chosen.overwrite)
 

@@ -10,6 +10,8 @@ from gradrank.cli.console import Console
 from gradrank.cli.lengths import rehearsed
 from gradrank.cli.settings import Settings
 from gradrank.cli.tables import table
+from gradrank.core.bytesize import parse_bytes
+from gradrank.core.bytesize import spoken_bytes as size
 from gradrank.core.errors import OptionError
 from gradrank.lab.environment import DTYPES
 from gradrank.lab.measured import measured_signals
@@ -97,6 +99,8 @@ def inquiry(chosen: Settings, bits: int | None) -> Inquiry:
         dtype=dtype,
         bits=bits,
         gpu=gpu,
+        checkpoint=chosen.checkpoint,
+        max_memory=None if chosen.max_memory is None else parse_bytes(chosen.max_memory),
     )
 
 
@@ -133,6 +137,9 @@ def verdict(found: Sizes) -> str:
         if found.checkpointed is not None and name == "a training step":
             less = size(found.checkpointed.device)
             advice.append(f"with --gradient-checkpointing it takes {less}")
+        if found.measuring_checkpointed is not None and name == "measuring":
+            less = size(found.measuring_checkpointed.device)
+            advice.append(f"with --checkpoint it takes {less}")
     if part.weights >= part.device / 3:
         bits = found.inquiry.bits
         advice.append(
@@ -142,23 +149,6 @@ def verdict(found: Sizes) -> str:
     return f"peak {size(part.device)}, in {name}: " + "; ".join(
         advice or ["lower --budget: the adapter and its optimizer are most of it"]
     )
-
-
-def size(count: float) -> str:
-    """Return bytes for people, in powers of 1024.
-
-    Args:
-        count: Bytes.
-
-    Examples:
-        >>> size(1536)
-        '1.5 KiB'
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return ""
 
 
 def _times(found: Sizes, tflops: float) -> dict[str, float | None]:
@@ -201,6 +191,8 @@ def _memory(found: Sizes) -> Any:
     columns: list[tuple[str, Measuring | Training]] = [("training step", found.training)]
     if found.measuring is not None:
         columns.insert(0, ("measuring", found.measuring))
+    if found.measuring_checkpointed is not None:
+        columns.insert(1, ("with --checkpoint", found.measuring_checkpointed))
     if found.checkpointed is not None:
         columns.append(("with checkpointing", found.checkpointed))
     rows: list[Sequence[str]] = []
@@ -227,6 +219,18 @@ def _work(found: Sizes, speed: float | None, hint: bool) -> list[str]:
             f"{part.projections:.3g} for the statistics ({part.overhead:.1%} more)"
             + _spoken(times.get("measuring")),
         ]
+        if part.checkpointed or found.inquiry.max_memory is not None:
+            cap = found.inquiry.max_memory
+            lines.append(
+                f"           {'checkpointed' if part.checkpointed else 'not checkpointed'}, "
+                f"{part.passes} pass{'es' if part.passes > 1 else ''}"
+                + (
+                    ""
+                    if cap is None
+                    else f": {size(part.activations + part.statistics)} beyond "
+                    f"the model, --max-memory {size(cap)}"
+                )
+            )
     lines.append(
         f"a training step: {found.training.flops:.3g} FLOPs" + _spoken(times.get("training_step"))
     )

@@ -88,6 +88,8 @@ def take_measurement(
             num_batches=settings.batches,
             accumulate=settings.accumulate,
             seed=settings.measuring_seed,
+            checkpoint=settings.checkpoint,
+            max_memory=settings.max_memory,
             progress=lambda done, total: report(done, total, ""),
         )
     info = {

@@ -80,7 +80,9 @@ def find_records(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             own = path / "record.json"
-            here = [own] if own.is_file() else sorted(path.glob("*/record.json"))
+            # What begins with a dot is a run whose writing was cut off, or one put aside.
+            below = [file for file in path.glob("*/record.json") if file.parent.name[0] != "."]
+            here = [own] if own.is_file() else sorted(below)
         else:
             here = [path] if path.is_file() else []
         if not here:

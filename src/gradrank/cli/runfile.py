@@ -9,11 +9,12 @@ import yaml
 
 from gradrank.core.errors import DataError, OptionError, nearest
 from gradrank.core.files import write_text
+from gradrank.presets.strict import read_yaml
+from gradrank.record.checks import shown
 
 _CONFIG, _PRESET, _UNUSED = "gradrank.config", "gradrank.preset", "gradrank.unused"
 # Two ways to say one thing: where a file gives one of them, a preset's other one is not looked at.
 _EITHER = ("steps", "epochs")
-_LARGEST = 1 << 20
 
 
 def use(context: click.Context, _parameter: click.Parameter, path: Path | None) -> None:
@@ -88,6 +89,8 @@ def typed(context: click.Context, data: Mapping[str, Any], where: str) -> dict[s
     values: dict[str, Any] = {}
     for raw, value in data.items():
         key = _key(raw)
+        if key in parameters and str(parameters[key].name) in values:
+            raise OptionError(f"{where} has the key '{raw}' twice. Leave one of them out.")
         if key in parameters and value is not None:
             values[str(parameters[key].name)] = _typed(parameters[key], value, key, where, context)
         elif key not in parameters and key not in shared:
@@ -144,20 +147,9 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         DataError: If it is missing, too large, or no YAML mapping.
     """
-    try:
-        size = path.stat().st_size
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) if size <= _LARGEST else ()
-    except FileNotFoundError as error:
-        raise DataError(f"config '{path}' does not exist.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"config '{path}' could not be read: {error}.") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"config '{path}' is not valid YAML: {reason}.") from error
+    data = read_yaml(path, "config")
     if data is None:
         return {}
-    if size > _LARGEST:
-        raise DataError(f"config '{path}' is larger than 1 MiB and was not read.")
     if not isinstance(data, dict):
         raise DataError(f"config '{path}' holds {type(data).__name__}; it must map keys to values.")
     return data
@@ -186,12 +178,12 @@ def _typed(
     if parameter.multiple or parameter.nargs == -1:
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items):
-            raise OptionError(f"{where}: key '{key}' is {value!r}; it takes a list of texts.")
+            raise OptionError(f"{where}: key '{key}' is {shown(value)}; it takes a list of texts.")
         return tuple(items)
     if isinstance(value, list) and wants == "text" and all(isinstance(i, str) for i in value):
         return ",".join(value)
     if not _fits(value, wants, key):
-        raise OptionError(f"{where}: key '{key}' is {value!r}; it takes {_ARTICLES[wants]}.")
+        raise OptionError(f"{where}: key '{key}' is {shown(value)}; it takes {_ARTICLES[wants]}.")
     try:
         # YAML 1.1 reads 1e-3 as text; click's own conversion reads it as the number it is.
         return parameter.type_cast_value(context, str(value) if wants == "text" else value)

@@ -1,5 +1,6 @@
 """The settings of a run, checked as far as that is possible without loading torch."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -9,11 +10,17 @@ import click
 
 from gradrank.cli import runfile
 from gradrank.core.budget import Budget
+from gradrank.core.bytesize import parse_bytes
 from gradrank.core.errors import DataError, OptionError, nearest
 from gradrank.methods.registry import METHODS
 
 # Where and how a run is written is no part of what it computes.
 _NOT_REPLAYED = frozenset({"out", "overwrite"})
+# What makes a plan, and is not looked at where one is given.
+_PLANNING = (
+    "method", "option", "budget", "targets", "batches", "checkpoint", "max_memory",
+    "calibration_seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,8 @@ class Settings:
 
     Attributes:
         options: Options of the method, as text; a length may be given in epochs (``1 epoch``).
+        checkpoint: Whether to measure with checkpointing; None: if ``max_memory`` asks for it.
+        max_memory: Cap on what measuring holds beyond the model, as text.
         epochs: Passes over the training data; None where ``steps`` counts.
         preset: Name of the preset that settings were taken from.
         plan: Path of a plan to train instead of allocating one.
@@ -46,6 +55,8 @@ class Settings:
     batches: int = 32
     batch_size: int = 8
     accumulate: int = 1
+    checkpoint: bool | None = None
+    max_memory: str | None = None
     calibration_seed: int | None = None
     steps: int | None = None
     epochs: float | None = None
@@ -59,6 +70,8 @@ class Settings:
     eval_batches: int | None = None
     checkpoint_every: int | None = None
     gradient_checkpointing: bool | None = None
+    group_by_length: bool | None = None
+    workers: int | None = None
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -81,7 +94,7 @@ class Settings:
             values["option"] = options
         if self.plan is not None:
             # The plan decides; what would have made one is not looked at.
-            for key in ("method", "option", "budget", "targets", "batches", "calibration_seed"):
+            for key in _PLANNING:
                 values.pop(key, None)
         if self.measured is not None:
             values = {key: values[key] for key in ("method", "option", "budget") if key in values}
@@ -232,6 +245,16 @@ def check_budget(text: str) -> None:
     Budget.parse(text)
 
 
+def check_memory(text: str | None) -> None:
+    """Refuse a cap on memory that cannot be read.
+
+    Args:
+        text: The cap, or None.
+    """
+    if text is not None:
+        parse_bytes(text)
+
+
 def check(settings: Settings) -> None:
     """Refuse settings that cannot work, before anything heavy is loaded.
 
@@ -244,6 +267,12 @@ def check(settings: Settings) -> None:
     """
     check_method(settings.method)
     check_budget(settings.budget)
+    check_memory(settings.max_memory)
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            flag = "--" + item.name.replace("_", "-")
+            raise OptionError(f"{flag} is {value}; a finite number is needed.")
     if not settings.model:
         raise OptionError(
             "give a model with --model: a folder, a hub name, or one that needs no hub "

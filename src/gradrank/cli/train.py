@@ -1,6 +1,6 @@
 """``gradrank train``: fine-tune with the capacity placed by a method or by a plan."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import click
 
 from gradrank.cli import runfile, settings
 from gradrank.cli.console import Console
-from gradrank.cli.folders import check_out, told_when_interrupted
+from gradrank.cli.folders import check_out, put_back, told_when_interrupted
 from gradrank.cli.options import (
     COMMON,
     DATA,
@@ -30,7 +30,9 @@ gradrank train --plan my-plan/plan.json --config my-plan/config.yaml --steps 500
 gradrank train --out my-run --resume"""
 
 # What may change when a run is resumed, because it leaves the result alone.
-_FREE = frozenset({"out", "overwrite", "device", "eval_every", "eval_batches", "checkpoint_every"})
+_FREE = frozenset(
+    {"out", "overwrite", "device", "eval_every", "eval_batches", "checkpoint_every", "workers"}
+)
 
 
 @click.command(cls=Verb, examples=EXAMPLES)
@@ -63,6 +65,8 @@ def command(
     """
     console = Console(as_json, quiet)
     chosen = settings.collect(context, values)
+    if chosen.out is not None:
+        put_back(chosen.out)
     if resume and (found := _saved(context, chosen)) is not None:
         chosen = found
         if _finished(chosen.chosen_out):
@@ -102,12 +106,15 @@ def _saved(context: click.Context, chosen: Settings) -> Settings | None:
     if not (out / "config.yaml").is_file() or not (out / "plan.json").is_file():
         raise OutputError(
             f"'{out}' holds no run that can be resumed (config.yaml or plan.json is missing). "
-            "Choose another --out."
+            "Start again with --overwrite instead of --resume, or choose another --out."
         )
     path = out / "config.yaml"
     values = runfile.typed(context, runfile.read(path), f"config '{path}'")
     options = settings.parse_options(values.pop("option", ()))
-    saved = Settings(**{**values, "options": options})
+    own = {item.name for item in fields(Settings)}
+    kept = {name: value for name, value in values.items() if name in own}
+    saved = Settings(**{**kept, "options": options})
+    settings.check(saved)
     given = settings.given(context)
     names = {"options" if name == "option" else name for name in given}
     asked = {name: getattr(chosen, name) for name in names if hasattr(chosen, name)}

@@ -10,6 +10,7 @@ from gradrank.cli.prepare import Prepared, prepare
 from gradrank.cli.settings import Settings
 from gradrank.cli.tables import plan_lines
 from gradrank.cli.training import carry_out, last_words, write_start
+from gradrank.core.locks import held
 from gradrank.core.plan import Plan
 from gradrank.lab.encode import size_of
 from gradrank.methods.registry import create
@@ -61,5 +62,6 @@ def _go_on(prepared: Prepared, settings: Settings, console: Console) -> None:
     plan = Plan.load(folder / "plan.json")
     path = folder / "measurement.safetensors"
     measurement = Measurement.load(path) if path.is_file() else None
-    outcome = carry_out(prepared, plan, settings, folder, console, measurement, resume=True).outcome
-    last_words(outcome, folder)
+    with held(folder):
+        result = carry_out(prepared, plan, settings, folder, console, measurement, resume=True)
+    last_words(result.outcome, folder)

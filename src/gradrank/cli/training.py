@@ -156,6 +156,8 @@ def train_settings(settings: Settings) -> TrainSettings:
         "warmup": settings.warmup,
         "weight_decay": settings.weight_decay,
         "gradient_checkpointing": settings.gradient_checkpointing,
+        "group_by_length": settings.group_by_length,
+        "workers": settings.workers,
         "eval_every": settings.eval_every,
     }
     return TrainSettings(
@@ -201,6 +203,7 @@ def make_record(
         "eval_seconds": outcome.eval_seconds,
         "steps": outcome.steps,
         "tokens": outcome.tokens,
+        "positions": outcome.positions,
         "peak_memory_bytes": outcome.peak_memory_bytes,
     }
     record.decisions, record.neurons = outcome.decisions, outcome.neurons

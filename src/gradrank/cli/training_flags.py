@@ -84,6 +84,21 @@ TRAINING_FLAGS: dict[str, Callable[[], Flag]] = {
         default=0,
         help="Write a checkpoint every N steps; 0: only when interrupted.",
     ),
+    "group_by_length": switch(
+        _T,
+        "--group-by-length",
+        "Make batches of texts of like length, so that little is padding. For --head lm there is "
+        "none: documents stand one behind the other in full blocks, and see those before them.",
+    ),
+    "workers": flag(
+        _T,
+        "--workers",
+        metavar="N",
+        type=_MAYBE,
+        default=0,
+        help="Processes that prepare batches beside training (worth it for pictures; texts are "
+        "tokenised once, before training). The result is the same.",
+    ),
     "gradient_checkpointing": switch(
         _T, "--gradient-checkpointing", "Recompute activations in training, to save memory."
     ),

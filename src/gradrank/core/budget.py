@@ -45,7 +45,10 @@ class Budget:
             BudgetError: If ``count`` is not a positive whole number.
         """
         if not _is_whole(count) or count < 1:
-            raise BudgetError(f"a budget of {count!r} parameters is not a positive whole number.")
+            raise BudgetError(
+                f"a budget of {count!r} parameters is not a positive whole number. Give a number "
+                "of parameters, or the rank of the uniform LoRA that costs as much ('uniform:8')."
+            )
         return cls("parameters", int(count))
 
     @classmethod
@@ -62,7 +65,9 @@ class Budget:
             BudgetError: If ``rank`` is not a positive whole number.
         """
         if not _is_whole(rank) or rank < 1:
-            raise BudgetError(f"budget 'uniform:{rank}' needs a whole rank of at least 1.")
+            raise BudgetError(
+                f"budget 'uniform:{rank}' needs a whole rank of at least 1, such as 'uniform:8'."
+            )
         return cls("uniform", int(rank))
 
     @classmethod
@@ -79,7 +84,10 @@ class Budget:
             BudgetError: If ``x`` is outside (0, 1].
         """
         if isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x <= 1:
-            raise BudgetError(f"a budget fraction of {x!r} is outside (0, 1]. Write 0.5% as 0.005.")
+            raise BudgetError(
+                f"a budget of {x!r} times the base model's parameters is outside (0, 1]. Half a "
+                "per cent is '0.5%', and 0.005 in Budget.fraction."
+            )
         return cls("fraction", float(x))
 
     @classmethod

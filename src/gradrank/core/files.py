@@ -2,16 +2,28 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
-import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gradrank.core.errors import DataError, GradrankError, OutputError
+from gradrank.core.locks import held
+from gradrank.core.text import json_text, parse_json
+
+TEMPORARY = ".tmp"
+_OLD = f"-old{TEMPORARY}"
+# Seconds in which a new temporary folder is not taken for one that was left behind.
+_FRESH = 600
+_LARGEST = 512 * 2**20
+# Rust libraries (safetensors) put the number of a system error into the text of their own.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def write_atomic(path: Path, write: Callable[[Path], None], overwrite: bool = True) -> None:
@@ -33,7 +45,7 @@ def write_atomic(path: Path, write: Callable[[Path], None], overwrite: bool = Tr
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
@@ -42,15 +54,57 @@ def write_atomic(path: Path, write: Callable[[Path], None], overwrite: bool = Tr
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    except GradrankError:
-        raise
-    except OSError as error:
-        raise OutputError(explain_os_error(error, path)) from error
+        _place(temporary, path, overwrite)
+    except Exception as error:
+        _raise_output_error(error, path)
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _place(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Rename a file into place; without ``overwrite`` the first of several writers wins."""
+    if not overwrite:
+        try:
+            os.link(temporary, path)
+            return
+        except FileExistsError as error:
+            raise OutputError(
+                f"'{path}' was written by another process in the meantime. Choose another name or "
+                "pass --overwrite."
+            ) from error
+        except OSError:
+            pass  # a file system without hard links
+    temporary.replace(path)
+
+
+def _raise_output_error(error: Exception, path: Path) -> None:
+    """Raise what the system refused as an OutputError, and anything else as it is."""
+    cause = system_error(error)
+    if isinstance(error, GradrankError) or cause is None:
+        raise error
+    raise OutputError(explain_os_error(cause, path)) from cause
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """Return the error of the operating system that stands behind an error.
+
+    Args:
+        error: What a library raised while it wrote a file.
+
+    Returns:
+        The error itself, or one of the same number where a library tells it in words; None if
+        the system had no part in it.
+
+    Examples:
+        >>> system_error(RuntimeError("I/O error: No space left on device (os error 28)")).errno
+        28
+    """
+    if isinstance(error, OSError):
+        return error
+    found = _OS_ERROR.search(str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 @contextlib.contextmanager
@@ -70,26 +124,78 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         GradrankError: What the block itself refused, unchanged.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()  # the link stays, and what it points to is replaced
+    _clear_up(path)
     refuse_existing(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        temporary = Path(
+            tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
+        )
     except OSError as error:
         raise OutputError(explain_os_error(error, path)) from error
     try:
-        yield temporary
+        with held(temporary):
+            yield temporary
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-    except GradrankError:
-        raise
-    except OSError as error:
-        raise OutputError(explain_os_error(error, path)) from error
+        _swap(temporary, path, overwrite)
+    except Exception as error:
+        _raise_output_error(error, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Rename a folder into place; whoever is killed in between leaves no half of either."""
+    if not overwrite or not path.exists():
+        try:
+            temporary.replace(path)  # refused if another process has filled the folder
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+                raise
+            raise OutputError(
+                f"'{path}' was written by another process in the meantime. Choose another --out, "
+                "or pass --overwrite."
+            ) from error
+        return
+    aside = temporary.with_name(temporary.name.removesuffix(TEMPORARY) + _OLD)
+    with held(path):
+        path.rename(aside)
+        try:
+            temporary.replace(path)
+        except BaseException:
+            aside.rename(path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clear_up(path: Path) -> None:
+    """Remove what writers of a folder left that were killed; put back what they had put aside."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????*{TEMPORARY}"):
+        old = left.name.endswith(_OLD)
+        with contextlib.suppress(OSError):
+            if not left.is_dir() or (not old and abs(time.time() - left.stat().st_mtime) < _FRESH):
+                continue  # of a file, or of a writer that may not hold it yet
+            with held(left):
+                if old and not path.exists():
+                    left.rename(path)
+                else:
+                    shutil.rmtree(left)
+
+
+def is_temporary(name: str) -> bool:
+    """Tell whether a name is that of a file or folder whose writing was cut off.
+
+    Args:
+        name: The name, without its folder.
+
+    Returns:
+        Whether it is a leftover.
+    """
+    return name.startswith(".") and name.endswith(TEMPORARY)
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -125,7 +231,9 @@ def explain_os_error(error: OSError, path: Path) -> str:
         return f"no space left while writing '{path}'. Free some space or choose another --out."
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
         return f"'{path}' may not be written ({error.strerror}). Choose another --out."
-    return f"'{path}' could not be written: {error}."
+    # PyTorch's own writer does not pass on what the system said.
+    hint = " Is the disk full?" if error.errno is None else ""
+    return f"'{path}' could not be written: {str(error).rstrip('.')}.{hint}"
 
 
 def sha256_of(path: Path) -> str:
@@ -149,8 +257,7 @@ def write_json(path: Path, data: Any, overwrite: bool = True) -> None:
         data: Plain data.
         overwrite: Whether an existing file may be replaced.
     """
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomic(path, lambda temporary: _write_text(temporary, text), overwrite)
+    write_text(path, json_text(data), overwrite)
 
 
 def write_text(path: Path, text: str, overwrite: bool = True) -> None:
@@ -168,6 +275,42 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def read_text(path: Path, what: str, largest: int = _LARGEST) -> str:
+    """Read a text file of unknown origin, and no more of it than can be meant.
+
+    Args:
+        path: The file.
+        what: What it should be ("plan", "record"), for the message.
+        largest: Bytes that it may have.
+
+    Returns:
+        The text.
+
+    Raises:
+        DataError: If the file is missing, too large, no ordinary file, or not UTF-8 text.
+    """
+    path = Path(path)
+    try:
+        # A pipe or a device would never end, and a folder has no text.
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DataError(f"{what} '{path}' is no ordinary file and was not read.")
+        if path.stat().st_size > largest:
+            raise DataError(f"{what} '{path}' is larger than {_size(largest)} and was not read.")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(f"{what} '{path}' does not exist.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{what} '{path}' could not be read: {error}.") from error
+    except DataError:
+        raise
+    except ValueError as error:  # a name with a zero byte in it
+        raise DataError(f"{what} {str(path)!r} could not be read: {error}.") from error
+
+
+def _size(count: int) -> str:
+    return f"{count >> 20} MiB" if count >> 20 else f"{count >> 10} KiB"
+
+
 def read_json(path: Path, what: str) -> Any:
     """Read a JSON file with a clear error.
 
@@ -179,36 +322,11 @@ def read_json(path: Path, what: str) -> Any:
         The parsed data.
 
     Raises:
-        DataError: If the file is missing, too large, not text, not JSON, names a key twice or
-            holds NaN or infinity.
+        DataError: If the file is missing, too large, not text, not JSON, names a key twice, or
+            holds what could not be written again: NaN, infinity, half a character.
     """
-    path = Path(path)
+    text = read_text(path, what)
     try:
-        if path.stat().st_size > 512 * 2**20:
-            raise DataError(f"{what} '{path}' is larger than 512 MiB and was not read.")
-        return json.loads(
-            path.read_text(encoding="utf-8"),
-            object_pairs_hook=_unique_keys,
-            parse_constant=_no_constant,
-        )
-    except FileNotFoundError as error:
-        raise DataError(f"{what} '{path}' does not exist.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{what} '{path}' could not be read: {error}.") from error
-    except DataError:
-        raise
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what} '{path}' is not valid JSON: {error}.") from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")

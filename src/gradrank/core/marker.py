@@ -43,12 +43,19 @@ def is_complete(folder: Path, needs: str = "") -> bool:
     try:
         files = read_json(folder / MARKER, "marker")["files"]
         return (not needs or needs in files) and all(
-            (folder / name).stat().st_size == expected["bytes"]
+            _inside(folder, name)
+            and (folder / name).stat().st_size == expected["bytes"]
             and sha256_of(folder / name) == expected["sha256"]
             for name, expected in files.items()
         )
-    except (DataError, OSError, KeyError, TypeError, AttributeError):
+    except (DataError, OSError, KeyError, TypeError, AttributeError, ValueError):
         return False
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Whether a name is that of an ordinary file of the folder; others may never end."""
+    path = folder / name
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
 def last_complete(folder: Path, needs: str = "") -> Path | None:

@@ -79,7 +79,7 @@ class NeuronPartition:
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """Ranks r and r' that are in use: 0 for a group without rows."""
+        """Ranks r and r' that are in use; 0 for a group without rows."""
         empty = not self.bits, self.dominant_rows == self.d_out
         return 0 if empty[0] else self.rank, 0 if empty[1] else self.supplementary_rank
 

@@ -174,7 +174,7 @@ class Plan:
         Returns:
             The configuration, for any trainer.
         """
-        # The one call upward in the house: resolved at run time so that plans stay plain data.
+        # A call upward in the house, resolved at run time so that plans stay plain data.
         return importlib.import_module("gradrank.adapters.config").lora_config(
             self, lora_alpha=lora_alpha, **options
         )
@@ -210,7 +210,10 @@ class Plan:
         """
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise PlanError(f"this is no plan: expected schema '{SCHEMA}', found {found!r}.")
+            raise PlanError(
+                f"this is no plan: expected schema '{SCHEMA}', found {found!r}. Give the plan.json "
+                "that 'gradrank plan' or Plan.save wrote."
+            )
         try:
             method, budget = data["method"], data["budget"]
             return cls(
@@ -247,8 +250,14 @@ class Plan:
 
         Returns:
             The plan.
+
+        Raises:
+            PlanError: If it is malformed; the message names file and field.
         """
-        return cls.from_dict(read_json(Path(path), "plan"))
+        try:
+            return cls.from_dict(read_json(Path(path), "plan"))
+        except PlanError as error:
+            raise PlanError(f"plan '{path}': {error}") from error
 
     def __str__(self) -> str:
         used = [planned.rank for planned in self.targets if planned.rank]
@@ -257,6 +266,11 @@ class Plan:
             f"Plan({self.method}: {self.parameters:,} of {self.budget_parameters:,} parameters, "
             f"{len(used)} of {len(self.targets)} targets, ranks {spread})"
         )
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return importlib.import_module("gradrank.report.notebook").plan_html(self)
 
 
 def _check_rank(planned: PlannedTarget) -> None:

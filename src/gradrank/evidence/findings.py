@@ -1,5 +1,6 @@
 """What a comparison found, as immutable data: what the report draws and the tables print."""
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -295,3 +296,13 @@ class Comparison:
     stability: tuple[Stability, ...]
     failures: tuple[Failure, ...]
     excluded: tuple[Excluded, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"Comparison({self.name}: {len(self.methods)} methods, {len(self.tasks)} tasks, "
+            f"{len(self.budgets)} budgets, {len(self.contrasts)} contrasts)"
+        )
+
+    def _repr_html_(self) -> str:
+        notebook = importlib.import_module("gradrank.report.notebook")  # draws; floors above
+        return notebook.comparison_html(self)

@@ -7,6 +7,7 @@ from typing import Any
 from gradrank.core import marker
 from gradrank.core.errors import DataError, OptionError
 from gradrank.core.files import read_json, write_json
+from gradrank.record.checks import is_count, is_curve, is_number
 
 STATE = "gradrank_state.json"
 # A pickle of the Trainer's arguments, with local paths in it; nothing needs it to resume.
@@ -50,8 +51,15 @@ def read_state(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         OptionError: If the settings differ: the result would be neither run's.
+        DataError: If the state is not what :func:`seal` writes.
     """
     state = read_json(folder / STATE, "checkpoint state")
+    fault = _fault(state)
+    if fault:
+        raise DataError(
+            f"checkpoint '{folder.name}' is damaged: {STATE} {fault}. Remove it to go on from the "
+            "one before, or start again in a new folder."
+        )
     before = state["settings"]
     changed = [
         f"{name} {before.get(name)!r} -> {value!r}"
@@ -64,6 +72,17 @@ def read_state(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             f"Resume with the same ones, or start again in a new folder."
         )
     return state
+
+
+def _fault(state: Any) -> str:
+    """Say what is wrong with the state in a checkpoint, or return ""."""
+    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+        return "holds no settings"
+    wrong = [key for key in ("step", "tokens") if not is_count(state.get(key, -1))]
+    wrong += [key for key in ("train_seconds", "eval_seconds") if not is_number(state.get(key, ""))]
+    wrong += [key for key in ("losses", "eval_losses") if not is_curve(state.get(key))]
+    wrong += [key for key in ("step", "tokens", "train_seconds") if state.get(key) is None]
+    return f"has no proper '{wrong[0]}'" if wrong else ""
 
 
 def check_same_adapter(model: Any, folder: Path) -> None:

@@ -181,7 +181,9 @@ def _is_local(source: str) -> bool:
 def _local(path: Path, head: str, image_column: str | None) -> list[Row]:
     if path.is_dir():
         if head != "image":
-            raise DataError(f"data '{path}' is a folder; only the 'image' head reads one.")
+            raise DataError(
+                f"data '{path}' is a folder; only the 'image' head reads one. Give a file."
+            )
         return read_image_folder(path)
     rows = read_rows(path)
     for row in rows if head == "image" else ():

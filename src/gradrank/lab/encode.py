@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from gradrank.core.errors import DataError, OptionError
 from gradrank.lab.benchmarks.prompts import Parse, Prompt
 from gradrank.lab.data import Examples
-from gradrank.lab.instruct import PromptCollator, encode_prompts
+from gradrank.lab.instruct import PromptCollator, Prompts, encode_prompts
 from gradrank.lab.models import LoadedModel, model_head
 from gradrank.lab.pictures import Pictures, check_picture, collate_pictures
 from gradrank.lab.splits import Split
@@ -67,6 +67,13 @@ class TaskData:
     metric: str
     describe: dict[str, Any]
     answering: Answering | None = None
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """Tokens of each training example; None where all are equally long."""
+        if isinstance(self.train, Texts | Prompts):
+            return [len(ids) for ids in self.train.ids]
+        return None
 
     def batches(self, count: int, batch_size: int, seed: int = 0) -> Iterator[Batch]:
         """Draw batches of the training data, for measuring.

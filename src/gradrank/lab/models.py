@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -269,9 +270,14 @@ def _hub_errors(spec: str) -> Iterator[None]:
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
         detail = str(error).strip().splitlines()
         mode = " HF_HUB_OFFLINE is set, so only its cache was searched." if offline else ""
+        told = f"model '{spec}' could not be loaded ({detail[0] if detail else error!r})."
+        if Path(spec).expanduser().is_dir():
+            raise DataError(
+                f"{told} The folder's files are damaged, or of an architecture that this version "
+                "of transformers does not know. Fetch it again, or upgrade transformers."
+            ) from error
         raise DataError(
-            f"model '{spec}' could not be loaded ({detail[0] if detail else error!r}).{mode} A hub "
-            f"name needs the network; a local folder and these do not. "
+            f"{told}{mode} A hub name needs the network; a local folder and these do not. "
             f"{nearest(spec, known_models())}"
         ) from error
 

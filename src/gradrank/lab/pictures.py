@@ -96,6 +96,11 @@ def check_picture(path: Path) -> None:
     Raises:
         DataError: If it is not there or not a picture.
     """
+    if not path.is_file():
+        # A pipe would be waited for, and a device never ends.
+        raise DataError(
+            _unreadable(path, OSError("no such file" if not path.exists() else "no file"))
+        )
     try:
         with Image.open(path) as picture:
             picture.verify()

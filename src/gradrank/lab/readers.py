@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from gradrank.core.errors import DataError, nearest
+from gradrank.core.text import refuse_unwritable
 
 Row = dict[str, Any]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 # A field of a CSV file may be a whole document; the default limit is 128 KiB.
 csv.field_size_limit(2**27)
+# A compressed text is about a tenth of its length; a bomb is a thousandth.
+_DENSEST, _UNPACKED = 100, 2**28
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -118,8 +121,34 @@ def read_image_folder(folder: Path) -> list[Row]:
 def _open(path: Path) -> io.TextIOBase:
     # utf-8-sig also takes files that begin with a byte-order mark.
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")  # pyright: ignore[reportReturnType]
+        packed = io.BufferedReader(_Unpacked(path))
+        return io.TextIOWrapper(packed, encoding="utf-8-sig", newline="")
     return path.open("rt", encoding="utf-8-sig", newline="")  # pyright: ignore[reportReturnType]
+
+
+class _Unpacked(io.RawIOBase):
+    """A compressed file, read no further than a text of its size can reach."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._stream = path, gzip.open(path, "rb")  # noqa: SIM115 - closed by close()
+        self._left = max(_UNPACKED, _DENSEST * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise DataError(
+                f"data file '{self._path}' holds more than {_DENSEST} times its size, which no "
+                "text does, and was not read to the end. Unpack it yourself if it is meant."
+            )
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -142,8 +171,12 @@ def _json_lines(path: Path) -> Iterator[Row]:
 def _json(path: Path) -> Iterator[Row]:
     with _open(path) as stream:
         try:
-            rows = json.load(stream)
-        except (json.JSONDecodeError, RecursionError) as error:
+            text = stream.read()
+            rows = json.loads(text)
+            refuse_unwritable(rows, text)
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"'{path}' is not valid JSON ({error}). A file with one object per line must end "
                 f"in .jsonl."
@@ -156,7 +189,8 @@ def _json(path: Path) -> Iterator[Row]:
 def _object(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        refuse_unwritable(row, line)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not valid JSON: {error}.") from error
     if not isinstance(row, dict):
         raise DataError(
@@ -197,12 +231,32 @@ def _table(path: Path, delimiter: str, quoting: int) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    from pyarrow import parquet  # truly optional: comes with datasets, an extra
+    from pyarrow import ArrowException, parquet  # truly optional: comes with datasets, an extra
 
     try:
-        yield from parquet.read_table(path).to_pylist()
-    except ValueError as error:  # what pyarrow raises for a malformed file
-        raise DataError(f"data file '{path}' could not be read: {error}.") from error
+        with parquet.ParquetFile(path) as file:
+            left = max(_UNPACKED, _DENSEST * path.stat().st_size)
+            if file.metadata.num_rows > left:
+                raise DataError(f"data file '{path}' claims {file.metadata.num_rows:,} rows.")
+            for batch in file.iter_batches(batch_size=256):
+                rows = batch.to_pylist()
+                # Arrow counts a text once that many rows refer to.
+                left -= max(batch.nbytes, sum(map(_text_size, rows)))
+                if left < 0:
+                    raise DataError(
+                        f"data file '{path}' holds more than {_DENSEST} times its size, and was "
+                        "not read to the end."
+                    )
+                yield from rows
+    except DataError:
+        raise
+    except (ValueError, ArrowException) as error:  # what pyarrow raises for a malformed file
+        told = " ".join(str(error).split())[:300]
+        raise DataError(f"data file '{path}' could not be read: {told}.") from error
+
+
+def _text_size(row: Row) -> int:
+    return sum(len(value) for value in row.values() if isinstance(value, str | bytes))
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

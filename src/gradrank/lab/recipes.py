@@ -9,17 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gradrank.core.budget import Budget
 from gradrank.core.errors import DataError, OptionError, nearest
 from gradrank.lab.baselines.registry import create_baseline, find_baseline, is_baseline
 from gradrank.lab.compare.config import RunConfig, flattened, run_config
 from gradrank.lab.epochs import options_in_steps
 from gradrank.methods.registry import METHODS, create
+from gradrank.presets.strict import read_yaml
+from gradrank.record.checks import shown
 
 SCHEMA = "gradrank.recipe/1"
-_LARGEST = 1 << 20
 _NEEDED = {"schema", "name", "about", "source", "run", "budgets", "seeds", "methods"}
 _KEYS = _NEEDED | {"tasks", "learning_rates", "tuning_seeds", "calibration_seeds", "reference"}
 _METHOD_KEYS = {"label", "method", "option", "run", "budgets", "learning_rates"}
@@ -247,15 +246,7 @@ def _check_whole(recipe: Recipe, where: str) -> None:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise DataError(f"recipe '{path.name}' is larger than {_LARGEST:,} bytes.")
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"recipe '{path}' does not exist.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"recipe '{path.name}' could not be read: {reason}") from error
+    data = read_yaml(path, "recipe")
     if not isinstance(data, dict):
         raise DataError(f"recipe '{path.name}' is no mapping.")
     return data
@@ -267,7 +258,7 @@ def _variant(entry: Any, where: str) -> Variant:
     if not isinstance(entry, dict) or "method" not in entry:
         raise DataError(
             f"{where}: a method is a name, or a mapping with 'method' and, if need be, "
-            f"{', '.join(sorted(_METHOD_KEYS - {'method'}))}; found {entry!r}."
+            f"{', '.join(sorted(_METHOD_KEYS - {'method'}))}; found {shown(entry)}."
         )
     unknown = [key for key in entry if key not in _METHOD_KEYS]
     if unknown:
@@ -276,7 +267,7 @@ def _variant(entry: Any, where: str) -> Variant:
     options, run = entry.get("option") or {}, entry.get("run") or {}
     for key, value in (("option", options), ("run", run)):
         if not isinstance(value, dict):
-            raise DataError(f"{where}: '{key}' must be a mapping; found {value!r}.")
+            raise DataError(f"{where}: '{key}' must be a mapping; found {shown(value)}.")
     name = str(entry["method"])
     # How many steps an epoch has is not known yet, and makes no option right or wrong.
     known = {key: _text(value) for key, value in options_in_steps(options, 1, 1).items()}
@@ -300,7 +291,9 @@ def _task(entry: Any, run: Mapping[str, Any], where: str) -> TaskEntry:
     if isinstance(entry, str):
         entry = {"task": entry}
     if not isinstance(entry, dict):
-        raise DataError(f"{where}: a task is a name or a mapping of settings; found {entry!r}.")
+        raise DataError(
+            f"{where}: a task is a name or a mapping of settings; found {shown(entry)}."
+        )
     own = dict(entry)
     budgets = _budgets(own.pop("budgets", None) or [], where)
     rates = _rates(own.pop("learning_rates", None), where)
@@ -316,7 +309,7 @@ def _task(entry: Any, run: Mapping[str, Any], where: str) -> TaskEntry:
 
 def _budgets(found: Any, where: str) -> tuple[str, ...]:
     if not isinstance(found, list):
-        raise DataError(f"{where}: 'budgets' must be a list; found {found!r}.")
+        raise DataError(f"{where}: 'budgets' must be a list; found {shown(found)}.")
     for item in found:
         Budget.parse(item if isinstance(item, int) else str(item))
     return tuple(dict.fromkeys(str(item) for item in found))
@@ -327,7 +320,7 @@ def _seeds(found: Any, key: str, where: str) -> tuple[int, ...]:
     if not good or len(set(found)) != len(found):
         raise DataError(
             f"{where}: '{key}' must be a list of different whole numbers of 0 or more; found "
-            f"{found!r}."
+            f"{shown(found)}."
         )
     return tuple(found)
 
@@ -340,7 +333,7 @@ def _rates(found: Any, where: str) -> tuple[float, ...]:
     if not all(0 < rate < float("inf") for rate in rates) or len(set(rates)) != len(rates):
         raise DataError(
             f"{where}: 'learning_rates' must be a list of different positive numbers; found "
-            f"{found!r}."
+            f"{shown(found)}."
         )
     return rates
 

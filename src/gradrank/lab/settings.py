@@ -13,6 +13,7 @@ SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Settings that may differ between a run and its resumption, because they leave the result alone.
 _FREE = {"eval_every", "eval_batch_size", "max_eval_batches", "save_every", "keep_checkpoints"}
+_FREE |= {"workers"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class TrainSettings:
         precision: Autocast of forward and backward: ``bfloat16``, ``float32`` (none) or ``auto``
             (bfloat16 on a GPU that has it).
         gradient_checkpointing: Recompute activations to save memory.
+        group_by_length: Make batches of texts of like length (see :mod:`gradrank.lab.grouping`).
+        workers: Processes that prepare batches beside training; 0: training does it itself.
         eval_every: Evaluate after every so many steps, and always at the end; 0: at the end only.
         eval_batch_size: Examples at a time in evaluation; None: ``batch_size``.
         max_eval_batches: Evaluate on so many batches only; None: on all.
@@ -50,6 +53,8 @@ class TrainSettings:
     seed: int = 0
     precision: str = "auto"
     gradient_checkpointing: bool = False
+    group_by_length: bool = False
+    workers: int = 0
     eval_every: int = 0
     eval_batch_size: int | None = None
     max_eval_batches: int | None = None
@@ -64,7 +69,7 @@ class TrainSettings:
         """
         least = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "eval_every": 0}
         least |= {"save_every": 0, "keep_checkpoints": 2, "weight_decay": 0, "max_grad_norm": 0}
-        least |= {"seed": 0, "eval_batch_size": 1, "max_eval_batches": 1}
+        least |= {"seed": 0, "eval_batch_size": 1, "max_eval_batches": 1, "workers": 0}
         wrong = [
             f"{name} is {getattr(self, name)}, at least {bound} is needed"
             for name, bound in least.items()
@@ -85,7 +90,12 @@ class TrainSettings:
 
     def binding(self) -> dict[str, Any]:
         """Return the settings that a resumed run must share with the run it resumes."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            # A setting that came later binds only who uses it: older checkpoints do not have it.
+            if name not in _FREE and (name != "group_by_length" or value)
+        }
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -156,6 +166,10 @@ def trainer_arguments(
         # An incomplete last batch would make steps unequal; tiny data may have nothing else.
         dataloader_drop_last=examples >= settings.batch_size,
         dataloader_pin_memory=device.type == "cuda",
+        # Not kept from epoch to epoch: kept ones draw one random number less, and dropout differs.
+        dataloader_num_workers=settings.workers,
+        # Steps looks at every loss; a second look would make the host wait twice more.
+        logging_nan_inf_filter=False,
     )
     if device.type == "cuda":
         # With several GPUs in sight the Trainer would split batches over all of them. Reading the

@@ -25,10 +25,7 @@ from gradrank.lab.sizes import Weight
 from gradrank.ops import sketch
 from gradrank.signals.layers import find_sites
 from gradrank.signals.loss import model_loss
-from gradrank.signals.mean_gradient import MeanGradientProbe
-from gradrank.signals.measure import MeanGradient, Signal
-from gradrank.signals.observe import Observer, Probe
-from gradrank.signals.spectrum import DenseProbe, SketchProbe
+from gradrank.signals.observe import Kept, Observer, Probe
 
 _PACKING = "find_packed_sequence_indices"
 _REMEMBERED = "_scatter_plan"
@@ -120,7 +117,7 @@ class _Counted:
     def share_key(self, target: Target) -> object:
         return self._probe.share_key(target)
 
-    def on_input(self, target: Target, x: Tensor) -> Any:
+    def on_input(self, target: Target, x: Tensor) -> Kept:
         self.inputs.append((x.shape[0], x.shape[1]))
         return self._probe.on_input(target, x)
 
@@ -244,23 +241,6 @@ def one_pass(
             rows=seen[0].rows if seen else {},
             inputs=tuple(seen[0].inputs) if seen else (),
         )
-
-
-def probe_of(signal: Signal, targets: Sequence[Target]) -> Any:
-    """Return the probe of a signal, to be made inside the fake mode.
-
-    Args:
-        signal: What is measured.
-        targets: The targets that it looks at.
-
-    Returns:
-        The probe.
-    """
-    if isinstance(signal, MeanGradient):
-        return MeanGradientProbe(targets, signal.directions, 0, signal.rows)
-    if signal.estimator == "sketch":
-        return SketchProbe(targets, signal.sketch_dim, 0)
-    return DenseProbe(targets)
 
 
 @contextlib.contextmanager

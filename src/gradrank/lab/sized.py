@@ -29,6 +29,8 @@ class Inquiry:
         bits: 4 or 8 for quantised weights, or None.
         gpu: Whether a GPU does the work: autocast to bfloat16 in training, fused attention also
             with drop-out, and statistics of batches kept on the host apart from it.
+        checkpoint: Whether to measure with checkpointing; None: if ``max_memory`` asks for it.
+        max_memory: Cap on what measuring holds beyond the model, bytes; None: no cap.
     """
 
     model: str
@@ -45,6 +47,8 @@ class Inquiry:
     dtype: str = "float32"
     bits: int | None = None
     gpu: bool = False
+    checkpoint: bool | None = None
+    max_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,7 @@ class Measuring:
         backward: FLOPs of all backward passes.
         projections: FLOPs that the signals add.
         overhead: ``projections`` as a share of ``forward + backward``.
+        checkpointed: Whether the model's blocks are computed again in the backward pass.
     """
 
     weights: int
@@ -108,6 +113,7 @@ class Measuring:
     backward: int
     projections: int
     overhead: float
+    checkpointed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +151,8 @@ class Sizes:
         length: Tokens per example; 0 for pictures.
         parameters: Parameters.
         measuring: Measuring; None for a method that looks at no data beforehand.
+        measuring_checkpointed: The same with checkpointing, where ``measuring`` is without it and
+            nothing was asked for; else None.
         training: A training step.
         checkpointed: The same with gradient checkpointing; None where the model has none.
         footprint: What the method would train.
@@ -160,6 +168,7 @@ class Sizes:
     checkpointed: Training | None
     footprint: Footprint
     packed: int
+    measuring_checkpointed: Measuring | None = None
 
     @property
     def tokens(self) -> int:
@@ -180,10 +189,16 @@ class Sizes:
             "batches": self.inquiry.batches,
             "signals": [_signal_name(signal) for signal in self.inquiry.signals],
             "parameters": asdict(self.parameters),
-            "measuring": None if self.measuring is None else asdict(self.measuring),
+            "measuring": _plain(self.measuring),
+            "measuring_checkpointed": _plain(self.measuring_checkpointed),
+            "max_memory": self.inquiry.max_memory,
             "training": asdict(self.training),
-            "checkpointed": None if self.checkpointed is None else asdict(self.checkpointed),
+            "checkpointed": _plain(self.checkpointed),
         }
+
+
+def _plain(part: Measuring | Training | None) -> dict[str, Any] | None:
+    return None if part is None else asdict(part)
 
 
 def _signal_name(signal: Signal) -> str:

@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from gradrank.core.errors import OptionError
 from gradrank.core.targets import Target
 from gradrank.ops.sketch import prime_at_least
-from gradrank.signals.measure import MeanGradient, Signal, Spectrum, dense_blocks
-from gradrank.signals.spectrum import STORED_WIDTH
+from gradrank.signals.held import (
+    DOUBLE,
+    FLOAT,
+    dense_blocks,
+    mean_gradient_sizes,
+    row_width,
+)
+from gradrank.signals.measure import Signal, Spectrum
 
-FLOAT, DOUBLE = 4, 8
 # Adapters and AdamW's two moments are float32 whatever the base model's dtype is.
 ADAM_MOMENTS = 2
 # NF4 of bitsandbytes without double quantisation: half a byte, and a float32 per 64 weights.
@@ -105,20 +110,6 @@ def training_state_bytes(parameters: int, itemsize: int = FLOAT) -> dict[str, in
     return {"adapter": own, "gradients": own, "moments": ADAM_MOMENTS * own}
 
 
-def row_width(target: Target, sketch_dim: int) -> int:
-    """Return how many numbers of a batch's gradient the spectrum keeps.
-
-    Args:
-        target: The target.
-        sketch_dim: Sketch size that was asked for.
-
-    Returns:
-        ``min(min(d_in, k) min(d_out, k), 1024)``.
-    """
-    k = prime_at_least(sketch_dim)
-    return min(min(target.d_in, k) * min(target.d_out, k), STORED_WIDTH)
-
-
 def spectrum_host_bytes(targets: Sequence[Target], signal: Spectrum, batches: int) -> int:
     """Return what the spectrum over batches holds in the host's memory at the end.
 
@@ -139,56 +130,6 @@ def spectrum_host_bytes(targets: Sequence[Target], signal: Spectrum, batches: in
     largest = max(sum(t.d_in * t.d_out for t in block) for block in blocks)
     joined = max(t.d_in * t.d_out for t in targets)
     return FLOAT * batches * (largest + joined) + gram
-
-
-def passes(targets: Sequence[Target], signals: Sequence[Signal], batches: int) -> int:
-    """Return how often every mini-batch goes through the model.
-
-    Args:
-        targets: The targets.
-        signals: What is measured.
-        batches: Mini-batches M.
-
-    Returns:
-        One for all sketches together, and one per block of dense gradients.
-    """
-    dense = [s for s in signals if isinstance(s, Spectrum) and s.estimator == "dense"]
-    count = sum(len(dense_blocks(targets, signal, batches)) for signal in dense)
-    return count + (len(dense) < len(signals))
-
-
-def mean_gradient_sizes(target: Target, directions: int) -> tuple[int, int]:
-    """Return the widths of the two sketches of the mean gradient.
-
-    Args:
-        target: The target.
-        directions: Directions that were asked for.
-
-    Returns:
-        Columns of ``Y [d_out, k]`` and rows of ``W [c, d_in]``.
-    """
-    k = prime_at_least(directions)
-    return min(k, target.d_in), min(prime_at_least(2 * k + 1), target.d_out)
-
-
-def mean_gradient_bytes(targets: Sequence[Target], signal: MeanGradient) -> int:
-    """Return the bytes of one set of the mean gradient's sketches, float32.
-
-    Two such sets (even and odd batches) stay on the device, and a third belongs to the batch that
-    is being measured.
-
-    Args:
-        targets: The targets.
-        signal: The request.
-
-    Returns:
-        ``4 (d_out k + c d_in)`` summed over targets.
-    """
-    total = 0
-    for target in targets:
-        k, c = mean_gradient_sizes(target, signal.directions)
-        total += target.d_out * k + c * target.d_in
-    return FLOAT * total
 
 
 def stored_bytes(targets: Sequence[Target], signals: Sequence[Signal], batches: int) -> int:

@@ -21,10 +21,18 @@ from gradrank.lab.arms import head_options
 from gradrank.lab.compare.dry_arms import Question, footprint
 from gradrank.lab.compare.dry_models import Outline, config_of, empty_model, outline, quietly
 from gradrank.lab.models import HEADS, check_head, model_head
-from gradrank.lab.shapes import Pass, fake_batch, make_fake, one_pass, probe_of, weights_of
+from gradrank.lab.shapes import Pass, by_shape, fake_batch, make_fake, one_pass, weights_of
 from gradrank.lab.sized import Inquiry, Measuring, Parameters, Sizes, Training
 from gradrank.session import allocate, apply
-from gradrank.signals.measure import MeanGradient, Signal, Spectrum
+from gradrank.signals import scheme as measured
+from gradrank.signals.blocks import checkpointed, repeated_blocks
+from gradrank.signals.held import mean_gradient_bytes, weights
+from gradrank.signals.layers import find_sites
+from gradrank.signals.loss import model_loss
+from gradrank.signals.mean_gradient import MeanGradientProbe
+from gradrank.signals.measure import MeanGradient, Signal, Spectrum, probe_for
+from gradrank.signals.scheme import Cap, Scheme, scheme_of
+from gradrank.signals.weigh import weigh
 
 # A head for classes is small beside the model, and how many classes there are is in the data.
 _CLASSES = 2
@@ -69,12 +77,15 @@ def size_up(asked: Inquiry) -> Sizes:
     )
     planned = footprint(question)
     work = _Work(asked, found, model_head(head), length)
+    measuring = work.measuring(asked.checkpoint) if asked.signals else None
+    open_choice = asked.checkpoint is None and asked.max_memory is None and work.blocks
     return Sizes(
         inquiry=asked,
         outline=found,
         length=length,
         parameters=_parameters(found, budget, planned.peak),
-        measuring=work.measuring() if asked.signals else None,
+        measuring=measuring,
+        measuring_checkpointed=work.measuring(True) if measuring and open_choice else None,
         training=work.training(budget, planned.peak, False),
         checkpointed=work.training(budget, planned.peak, True) if work.checkpoints else None,
         footprint=planned,
@@ -151,30 +162,33 @@ class _Work:
         model = empty_model(asked.model, head, _CLASSES)
         weights = weights_of(model)
         self.checkpoints = bool(getattr(model, "supports_gradient_checkpointing", False))
+        self.blocks = bool(repeated_blocks(model))
         self.weights = sizes.weight_bytes(weights, self.dtype.itemsize, asked.bits)
         self.packed = sizes.weight_bytes(weights, self.dtype.itemsize, 4)
         self.workspace = sizes.workspace_bytes(weights, self.dtype.itemsize, asked.bits)
 
-    def measuring(self) -> Measuring:
-        """Return what measuring takes."""
+    def measuring(self, checkpoint: bool | None) -> Measuring:
+        """Return what measuring takes, with or without checkpointing, or as the cap asks for."""
         asked, targets = self.asked, self.found.targets
-        found = [self._measured(block, signals) for block, signals in _groups(asked, targets)]
-        runs = asked.batches * asked.accumulate
-        count = sizes.passes(targets, asked.signals, asked.batches)
-        projections = 0
-        forward = backward = 0
-        for one, (block, signals) in zip(found, _groups(asked, targets), strict=True):
-            products, folds = sizes.projection_flops(block, signals, one.rows, one.inputs)
-            forward, backward = one.forward, one.backward - products
-            projections += products + folds
-        means = [s for s in asked.signals if isinstance(s, MeanGradient)]
-        halves = min(2, asked.batches - 1)
-        statistics = sum(halves * sizes.mean_gradient_bytes(targets, s) for s in means)
+        scheme = self._scheme(checkpoint)
+        groups = _groups(scheme)
+        found = [self._measured(one, scheme.checkpoint) for one, _ in groups]
+        runs, count = asked.batches * asked.accumulate, len(scheme.passes)
+        projections = forward = backward = activations = statistics = 0
+        for one, (block, many) in zip(found, groups, strict=True):
+            work = sizes.projection_flops(block.targets, block.signals, one.rows, one.inputs)
+            forward, backward = one.forward, one.backward - work[0]
+            projections += sum(work) * many
+            held = self._sums(block.targets, block.signals, asked.batches)
+            if one.peak + held > activations + statistics:
+                activations, statistics = one.peak, held
         spectra = [s for s in asked.signals if isinstance(s, Spectrum)]
         host = sum(sizes.spectrum_host_bytes(targets, s, asked.batches) for s in spectra)
-        activations = max(one.peak for one in found)
+        if asked.gpu or count > 1:
+            # Sums of passes that are done are brought to the host.
+            host += self._sums(targets, asked.signals, asked.batches)
         parts = (self.weights, activations, statistics, self.workspace)
-        work = (forward + backward) * count
+        whole = (forward + backward) * count
         return Measuring(
             *parts,
             device=sum(parts),
@@ -184,16 +198,45 @@ class _Work:
             forward=forward * runs * count,
             backward=backward * runs * count,
             projections=projections * runs,
-            overhead=projections / work if work else 0.0,
+            overhead=projections / whole if whole else 0.0,
+            checkpointed=scheme.checkpoint,
         )
 
-    def _measured(self, block: Sequence[Target], signals: Sequence[Signal]) -> Pass:
+    def _scheme(self, checkpoint: bool | None) -> Scheme:
+        asked, targets = self.asked, self.found.targets
+        cap = None
+        if asked.max_memory is not None:
+            model, mode = self._quiet_model()
+            with mode, by_shape(), self._explained():
+                probes = [probe_for(signal, targets, 0) for signal in asked.signals]
+                batch = fake_batch(model, self.head, asked.batch_size, self.length)
+                sites = find_sites(model, [target.name for target in targets])
+                memory = weigh(model, sites, probes, lambda: model_loss(model, batch), batch, None)
+            cap = Cap(asked.max_memory, memory, not asked.gpu, bool(repeated_blocks(model)))
+        return scheme_of(targets, asked.signals, asked.batches, checkpoint, cap)
+
+    @staticmethod
+    def _sums(targets: Sequence[Target], signals: Sequence[Signal], batches: int) -> int:
+        means = [signal for signal in signals if isinstance(signal, MeanGradient)]
+        return sum(min(2, batches) * mean_gradient_bytes(targets, signal) for signal in means)
+
+    def _quiet_model(self) -> tuple[nn.Module, FakeTensorMode]:
         mode = FakeTensorMode()
         model = make_fake(self._empty().requires_grad_(False), mode, self.dtype)
-        model.eval()
+        return model.eval(), mode
+
+    def _measured(self, one: measured.Pass, checkpoint: bool) -> Pass:
+        model, mode = self._quiet_model()
         with mode:
-            probes = [probe_of(signal, block) for signal in signals]
-        return self._pass(model, mode, probes=probes, targets=[target.name for target in block])
+            probes = [probe_for(signal, one.targets, 0) for signal in one.signals]
+            for probe in probes:
+                if isinstance(probe, MeanGradientProbe):
+                    # Sums are counted by formula, and not among the activations.
+                    probe.reserve()
+        names = [target.name for target in one.targets]
+        # Random states are no part of what is counted, and fake ones cannot be read.
+        with checkpointed(model, False) if checkpoint else contextlib.nullcontext():
+            return self._pass(model, mode, probes=probes, targets=names)
 
     def training(self, budget: int, peak: int, checkpointing: bool) -> Training:
         """Return what a step of uniform LoRA takes, with the method's peak of parameters."""
@@ -246,10 +289,16 @@ class _Work:
         def inputs() -> Mapping[str, torch.Tensor]:
             return fake_batch(model, self.head, self.asked.batch_size, self.length)
 
+        with self._explained():
+            return one_pass(model, mode, inputs, **more)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say of what cannot be run on shapes that this is so."""
         try:
             with warnings.catch_warnings(), quietly():
                 warnings.simplefilter("ignore")
-                return one_pass(model, mode, inputs, **more)
+                yield
         except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
             reason = " ".join(str(error).split())[:160]
             raise OptionError(
@@ -269,17 +318,12 @@ def recompute(model: Any, **options: Any) -> None:
     (new or model.gradient_checkpointing_enable)({"use_reentrant": False, **options})
 
 
-def _groups(
-    asked: Inquiry, targets: Sequence[Target]
-) -> Iterator[tuple[Sequence[Target], list[Signal]]]:
-    """Yield what is looked at in one pass; the largest block stands for all dense ones."""
-    dense = [s for s in asked.signals if isinstance(s, Spectrum) and s.estimator == "dense"]
-    sketched: list[Signal] = [s for s in asked.signals if s not in dense]
-    if sketched:
-        yield targets, sketched
-    for signal in dense:
-        blocks = sizes.dense_blocks(targets, signal, asked.batches)
-        yield max(blocks, key=lambda b: sum(t.d_in * t.d_out for t in b)), [signal]
+def _groups(scheme: Scheme) -> list[tuple[measured.Pass, int]]:
+    """Return the passes to look at, and how many each stands for: those of the same signals."""
+    alike: dict[tuple[Signal, ...], list[measured.Pass]] = {}
+    for one in scheme.passes:
+        alike.setdefault(one.signals, []).append(one)
+    return [(max(same, key=lambda p: weights(p.targets)), len(same)) for same in alike.values()]
 
 
 def _without_attention_dropout(model: Any) -> None:

@@ -14,9 +14,11 @@ from gradrank.core.errors import GradrankError, OptionError
 from gradrank.lab.checkpoints import check_same_adapter, last_complete, read_state
 from gradrank.lab.encode import TaskData, size_of
 from gradrank.lab.evaluate import Evaluation, evaluate, without_cache
+from gradrank.lab.grouping import sampler_for
 from gradrank.lab.memory import PeakMemory
 from gradrank.lab.settings import TrainSettings, autocast_dtype, trainer_arguments
-from gradrank.lab.trainer import RunTrainer, Steps, Stopper
+from gradrank.lab.stopping import Stopper
+from gradrank.lab.trainer import RunTrainer, Steps
 from gradrank.prepare import prepare_trainer
 
 Progress = Callable[[int, int, float, float], None]
@@ -65,6 +67,7 @@ class TrainOutcome:
         eval_seconds: Wall time of all evaluations.
         peak_memory_bytes: Peak while training (see :mod:`gradrank.lab.memory`).
         tokens: Tokens (for pictures: examples) that went through training.
+        positions: The same with the tokens of padding.
         resumed_from: Step of the checkpoint that was resumed, or None.
         adapter_parameters: Trainable parameters of the adapter.
         other_parameters: Other trainable parameters (a task head).
@@ -84,6 +87,7 @@ class TrainOutcome:
     eval_seconds: float = 0.0
     peak_memory_bytes: int = 0
     tokens: int = 0
+    positions: int = 0
     resumed_from: int | None = None
     adapter_parameters: int = 0
     other_parameters: int = 0
@@ -219,7 +223,7 @@ class _Run:
             callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.steps = self.steps
+        trainer.steps, trainer.sampler = self.steps, sampler_for(self.data, self.settings)
         # Where a model takes any keyword, the Trainer believes that its loss is already a mean over
         # the whole step; classification losses are not, and accumulation would multiply them
         # (transformers 5.23). Micro-batches are of one size here, so a mean of means is exact.
@@ -259,7 +263,7 @@ class _Run:
             steps.eval_losses,
         )
         outcome.train_seconds, outcome.eval_seconds = steps.train_seconds(), steps.eval_seconds
-        outcome.tokens = steps.tokens
+        outcome.tokens, outcome.positions = steps.tokens, steps.positions
         if self.capacity is not None:
             outcome.ranks_over_time = self.capacity.ranks_over_time
             outcome.decisions = self.capacity.decisions

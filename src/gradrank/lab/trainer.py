@@ -1,76 +1,25 @@
 """The Trainer with a step-by-step record: losses, time, tokens, interruption, checkpoints."""
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
 from gradrank.core.errors import MeasurementError, OutputError
 from gradrank.core.files import explain_os_error
 from gradrank.lab.checkpoints import seal
 from gradrank.lab.evaluate import Evaluation
+from gradrank.lab.stopping import Stopper
 
 
 class DivergenceError(MeasurementError):
     """A loss that is not finite."""
-
-
-class Stopper:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop after the current step.
-
-    A context manager. The second one raises KeyboardInterrupt at once. Outside the main thread it
-    does nothing, because only the main thread may set signal handlers.
-
-    Attributes:
-        asked: Whether stopping was asked for.
-    """
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        """Prepare.
-
-        Args:
-            tell: Receives one line when stopping was asked for.
-        """
-        self.tell, self.asked = tell, False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        """Take the signals over, and return this object."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                # Who ignores a signal (a worker of a grid, a job of nohup) means it.
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Give the signals back."""
-        self.release()
-
-    def release(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        self.tell("stopping after this step and saving; press Ctrl-C again to stop at once")
 
 
 class Steps(TrainerCallback):
@@ -81,6 +30,7 @@ class Steps(TrainerCallback):
         eval_losses: ``[step, loss]`` of every evaluation.
         eval_seconds: Wall time of all evaluations.
         tokens: Tokens (for pictures: examples) so far.
+        positions: Tokens so far, those of padding included.
         done: Steps done.
         stopper: Asked after each step whether to stop.
     """
@@ -106,9 +56,10 @@ class Steps(TrainerCallback):
         self.on_progress, self.settings = on_progress, settings
         self.losses: list[list[float]] = []
         self.eval_losses: list[list[float]] = []
-        self.eval_seconds, self.tokens, self.done = 0.0, 0, 0
+        self.eval_seconds, self.tokens, self.positions, self.done = 0.0, 0, 0, 0
         self.stopper: Stopper | None = None
         self._loss: torch.Tensor | None = None
+        self._tokens: torch.Tensor | int = 0
         self._final: Evaluation | None = None
         self._before = self._paused = self._started = 0.0
         self._first = 0
@@ -132,6 +83,7 @@ class Steps(TrainerCallback):
         """
         self.losses, self.eval_losses = state["losses"], state["eval_losses"]
         self.done, self.tokens = state["step"], state["tokens"]
+        self.positions = state.get("positions", self.tokens)
         self._before, self.eval_seconds = state["train_seconds"], state["eval_seconds"]
 
     def state(self) -> dict[str, Any]:
@@ -142,19 +94,36 @@ class Steps(TrainerCallback):
             "losses": self.losses,
             "eval_losses": self.eval_losses,
             "tokens": self.tokens,
+            "positions": self.positions,
             "train_seconds": self.train_seconds(),
             "eval_seconds": self.eval_seconds,
         }
 
-    def add(self, loss: torch.Tensor, tokens: int) -> None:
-        """Add one micro-batch to the current step.
+    def add(self, loss: torch.Tensor, tokens: torch.Tensor | int, positions: int) -> None:
+        """Add one micro-batch to the current step; nothing waits for the device.
 
         Args:
             loss: Its share of the step's loss.
             tokens: Its tokens.
+            positions: Its tokens, those of padding included.
         """
         self._loss = loss if self._loss is None else self._loss + loss
-        self.tokens += tokens
+        self._tokens = self._tokens + tokens
+        self.positions += positions
+
+    def _read(self) -> float:
+        """Return the step's loss and count its tokens: the one time that the host waits."""
+        loss, tokens = self._loss, self._tokens
+        self._loss, self._tokens = None, 0
+        if loss is None:
+            return float("nan")
+        if isinstance(tokens, int):
+            self.tokens += tokens
+            return float(loss)
+        # A step has fewer tokens than the 2^24 up to which float32 counts.
+        found = torch.stack([loss.detach().float(), tokens.to(loss.device).float()]).tolist()
+        self.tokens += int(found[1])
+        return found[0]
 
     def final_evaluation(self) -> Evaluation:
         """Return the evaluation after the last step; it is done once only."""
@@ -183,8 +152,7 @@ class Steps(TrainerCallback):
         Raises:
             DivergenceError: If the loss is NaN or infinite.
         """
-        loss = float("nan") if self._loss is None else float(self._loss)
-        self._loss = None
+        loss = self._read()
         step = state.global_step + 1
         if not math.isfinite(loss):
             raise DivergenceError(
@@ -237,9 +205,11 @@ class RunTrainer(Trainer):
 
     Attributes:
         steps: The callback to tell.
+        sampler: Deals out the training examples; None: at random.
     """
 
     steps: Steps
+    sampler: Sampler | None = None
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Compute gradients of one micro-batch.
@@ -252,11 +222,15 @@ class RunTrainer(Trainer):
         Returns:
             Its share of the step's loss.
         """
-        seen = inputs.get("attention_mask", inputs.get("input_ids"))
-        tokens = inputs["labels"].numel() if seen is None else _count(seen, inputs)
+        mask = inputs.get("attention_mask")
+        positions = inputs.get("input_ids", inputs["labels"]).numel()
+        tokens = positions if mask is None else mask.sum()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.steps.add(loss, tokens)
+        self.steps.add(loss, tokens, positions)
         return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
 
     def load(self, checkpoint: Path) -> None:
         """Load the weights of a checkpoint.
@@ -275,7 +249,3 @@ class RunTrainer(Trainer):
             raise OutputError(
                 f"checkpoint of step {self.state.global_step}: {explain_os_error(cause, folder)}"
             ) from error
-
-
-def _count(seen: torch.Tensor, inputs: Any) -> int:
-    return int(seen.sum()) if "attention_mask" in inputs else seen.numel()

@@ -13,7 +13,11 @@ from gradrank.signals.measurement import Measurement
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Rank that grows (or falls) linearly with depth, within each stack of blocks."""
+    """Rank that grows (or falls) linearly with depth, within each stack of blocks.
+
+    Source:
+        A common heuristic; a control.
+    """
 
     name: ClassVar[str] = "depth"
     summary: ClassVar[str] = "rank linear in depth (control)"

@@ -15,7 +15,11 @@ from gradrank.signals.measurement import Measurement
 
 @dataclass(frozen=True, slots=True)
 class GradientNorm:
-    """Rank in proportion to the root mean square of mini-batch gradient norms."""
+    """Rank in proportion to the root mean square of mini-batch gradient norms.
+
+    Source:
+        A common heuristic; a control.
+    """
 
     name: ClassVar[str] = "gradient-norm"
     summary: ClassVar[str] = "rank in proportion to the gradient norm (control)"

@@ -41,6 +41,9 @@ class Hybrid:
     :math:`r(n + |M|) + r'(n + m - |M|)` parameters. The knapsack takes what pays most.
 
     Dominant are the rows with the largest energy :math:`\|\bar G_i\|^2`.
+
+    Source:
+        gradrank; partitions as in PiLoRA, section 3.3.
     """
 
     name: ClassVar[str] = "hybrid"

@@ -18,6 +18,9 @@ class Permuted:
 
     Tells whether a method's gain comes from *which layers* it chose or only from how it divided
     the budget between kinds of modules. The parameter count is exactly the other method's.
+
+    Source:
+        gradrank; a control.
     """
 
     name: ClassVar[str] = "permuted"

@@ -13,7 +13,11 @@ from gradrank.signals.measurement import Measurement
 
 @dataclass(frozen=True, slots=True)
 class RandomScores:
-    """Rank in proportion to exponential random numbers, seeded by the target's name."""
+    """Rank in proportion to exponential random numbers, seeded by the target's name.
+
+    Source:
+        gradrank; a control.
+    """
 
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "random allocation at the same budget (control)"

@@ -17,6 +17,9 @@ class Reversed:
     """The target with the i-th largest score gets what the i-th smallest deserves.
 
     If a method's signal means anything, its reversal must do worse than uniform.
+
+    Source:
+        gradrank; a control.
     """
 
     name: ClassVar[str] = "reversed"

@@ -28,6 +28,9 @@ class Subset:
 
     What is chosen follows from names alone. Nothing stands in for a choice that finds no target:
     it is refused, with the types of modules that there are.
+
+    Source:
+        Hu et al., LoRA, ICLR 2022, section 7.1 (which matrices to adapt).
     """
 
     name: ClassVar[str] = "subset"

@@ -13,7 +13,11 @@ from gradrank.signals.measurement import Measurement
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """The same rank on every target; a remainder is spread evenly over depth."""
+    """The same rank on every target; a remainder is spread evenly over depth.
+
+    Source:
+        Hu et al., LoRA, ICLR 2022; the control of every comparison.
+    """
 
     name: ClassVar[str] = "uniform"
     summary: ClassVar[str] = "the same rank on every target (the control)"

@@ -27,6 +27,9 @@ class Waterfill:
     along it). The exact multiple-choice knapsack spends the budget on the most valuable set.
 
     The spectrum is that of a matrix, over directions; GARD's is over batches.
+
+    Source:
+        gradrank; the sketch: Tropp, Yurtsever, Udell and Cevher 2017, algorithm 4.
     """
 
     name: ClassVar[str] = "waterfill"

@@ -41,3 +41,21 @@ def is_number(value: Any) -> bool:
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return True
     return isinstance(value, float) and math.isfinite(value)
+
+
+def is_curve(value: Any) -> bool:
+    """Check for a list of ``[step, loss]``; a loss of None could not be held by JSON.
+
+    Args:
+        value: The value.
+
+    Returns:
+        Whether it is one.
+    """
+    return isinstance(value, list) and all(
+        isinstance(point, list)
+        and len(point) == 2
+        and isinstance(point[0], int | float)
+        and isinstance(point[1], int | float | None)
+        for point in value
+    )

@@ -4,6 +4,7 @@ A record is plain data, so that reports can be drawn years later without torch. 
 whole or not at all; a record without ``status: finished`` is never taken for a finished run.
 """
 
+import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,12 +13,14 @@ from typing import Any
 
 from gradrank.core.errors import DataError
 from gradrank.core.files import read_json, write_json
+from gradrank.record.checks import is_count, is_curve, is_number, shown
 from gradrank.record.decisions import decision_fault
 from gradrank.record.neurons import neurons_fault
 
 SCHEMA = "gradrank.record/1"
 STATUSES = ("finished", "interrupted", "failed")
 _OBJECTS = ("config", "environment", "seeds", "losses", "metrics", "cost", "trainable_parameters")
+_NUMBERS = ("seeds", "metrics", "cost")
 _FORMS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("name", "kind", "created"), str, "text"),
     (_OBJECTS, dict, "an object"),
@@ -126,6 +129,18 @@ class RunRecord:
     comparison: Mapping[str, Any] | None = None
     items: Mapping[str, Any] | None = None
 
+    def __repr__(self) -> str:
+        metrics = "".join(
+            f", {key} {value:.4g}"
+            for key, value in self.metrics.items()
+            if isinstance(value, int | float)
+        )
+        return f"RunRecord({self.name}: {self.kind}, {self.status}{metrics})"
+
+    def _repr_html_(self) -> str:
+        notebook = importlib.import_module("gradrank.report.notebook")  # draws; floors above
+        return notebook.record_html(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data; NaN and infinity become None (JSON has neither)."""
         return {"schema": SCHEMA, **finite(asdict(self))}
@@ -158,24 +173,16 @@ class RunRecord:
             raise DataError(f"{where} is no record: expected '{SCHEMA}', found {found!r}.")
         known = set(cls.__dataclass_fields__)
         unknown = sorted(set(data) - known - {"schema"})
-        if unknown or not {"name", "kind"} <= set(data):
-            raise DataError(f"{where} is malformed: unknown fields {unknown} or no name and kind.")
+        if unknown:
+            raise DataError(f"{where} is malformed: unknown fields {unknown}.")
+        if not {"name", "kind"} <= set(data):
+            raise DataError(f"{where} is malformed: it lacks its name or its kind.")
         record = cls(**{key: value for key, value in data.items() if key in known})
         if record.status not in STATUSES:
             raise DataError(f"{where} has status {record.status!r}; known: {', '.join(STATUSES)}.")
-        for keys, kinds, what in _FORMS:
-            wrong = [key for key in keys if not isinstance(getattr(record, key), kinds)]
-            if wrong:
-                raise DataError(f"{where}: field '{wrong[0]}' must be {what}.")
-        if not all(_is_curve(curve) for curve in record.losses.values()):
-            raise DataError(f"{where}: field 'losses' must hold lists of [step, loss].")
-        for position, entry in enumerate(record.decisions):
-            fault = decision_fault(entry)
-            if fault:
-                raise DataError(f"{where}: field 'decisions', entry {position + 1}: {fault}.")
-        fault = neurons_fault(record.neurons) if record.neurons is not None else ""
+        fault = _fault(record)
         if fault:
-            raise DataError(f"{where}: field 'neurons': {fault}.")
+            raise DataError(f"{where}: field {fault}.")
         return record
 
     @classmethod
@@ -191,14 +198,34 @@ class RunRecord:
         return cls.from_dict(read_json(Path(path), "record"), f"'{path}'")
 
 
-def _is_curve(curve: Any) -> bool:
-    return isinstance(curve, list) and all(
-        isinstance(point, list)
-        and len(point) == 2
-        and isinstance(point[0], int | float)
-        and isinstance(point[1], int | float | None)
-        for point in curve
-    )
+def _fault(record: RunRecord) -> str:
+    """Say what is wrong with a field of a record that was read, or return ""."""
+    for keys, kinds, what in _FORMS:
+        wrong = [key for key in keys if not isinstance(getattr(record, key), kinds)]
+        if wrong:
+            return f"'{wrong[0]}' must be {what}"
+    if not all(is_curve(curve) for curve in record.losses.values()):
+        return "'losses' must hold lists of [step, loss]"
+    fault = _number_fault(record)
+    if fault:
+        return fault
+    for position, entry in enumerate(record.decisions):
+        fault = decision_fault(entry)
+        if fault:
+            return f"'decisions', entry {position + 1}: {fault}"
+    fault = neurons_fault(record.neurons) if record.neurons is not None else ""
+    return f"'neurons': {fault}" if fault else ""
+
+
+def _number_fault(record: RunRecord) -> str:
+    for key in _NUMBERS:
+        for name, value in getattr(record, key).items():
+            if not is_number(value):
+                return f"'{key}': '{name}' must be a finite number, and is {shown(value)}"
+    for name, value in record.trainable_parameters.items():
+        if value is None or not is_count(value):
+            return f"'trainable_parameters': '{name}' must be a whole number, and is {shown(value)}"
+    return ""
 
 
 def finite(value: Any) -> Any:

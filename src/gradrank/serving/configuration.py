@@ -126,7 +126,8 @@ def read_configuration(folder: Path) -> Configuration:
     kind = raw.get("peft_type") if isinstance(raw, dict) else None
     if kind not in _KINDS:
         raise DataError(
-            f"'{folder}' is no LoRA or AdaLoRA adapter: its peft_type is {str(kind)[:40]!r}."
+            f"'{folder}' is no LoRA or AdaLoRA adapter: its peft_type is {str(kind)[:40]!r}. "
+            "Only adapters that PEFT saved as LORA or ADALORA are read."
         )
     for name in _UNREAD:
         if raw.get(name):

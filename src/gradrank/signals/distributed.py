@@ -1,10 +1,13 @@
-"""Bring the measurements of several processes together, without pickle.
+"""Bring the measurements of several processes together, without pickle, and count what travels.
 
-What travels is the sketches, some kilobytes per target and batch; every process ends with the
-same merged measurement.
+Of spectra it is the sketches, 4 KB per target and batch; of mean gradients two sketches per
+target, whatever the number of batches. Every process ends with the same merged measurement.
+
+All collective calls of this package on data go through this module, which counts their bytes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -17,6 +20,30 @@ from gradrank.signals.measurement import Measurement, merge
 from gradrank.signals.spectrum import SpectrumStatistic
 
 T = TypeVar("T")
+
+# Tensors travel together, up to this many bytes in one call.
+BUCKET_BYTES = 64 << 20
+
+
+class _Traffic:
+    """Bytes that this process has put into collective calls."""
+
+    bytes = 0
+
+    @classmethod
+    def count(cls, tensor: Tensor) -> None:
+        cls.bytes += tensor.numel() * tensor.element_size()
+
+
+def bytes_exchanged() -> int:
+    """Return the bytes that this process has put into this package's collective calls so far.
+
+    The payload of each call counts once: the tensor that a process adds to a sum, hands to all
+    others, or has in common with them after a broadcast. With two processes that is what crosses
+    in either direction; with more, the backend decides how often a payload is passed on.
+    Gradients that DistributedDataParallel averages, and shards that FSDP gathers, are not counted.
+    """
+    return _Traffic.bytes
 
 
 def is_distributed() -> bool:
@@ -44,8 +71,8 @@ def all_or_none(work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:
         failure = error
-    failed = torch.tensor([float(failure is not None)], device=_device())
-    dist.all_reduce(failed)
+    failed = torch.tensor([float(failure is not None)])
+    sum_over_processes([failed])
     if failure is not None:
         raise failure
     if failed.item():
@@ -66,9 +93,45 @@ def of_first_process(numbers: Sequence[int]) -> list[int]:
     """
     if not is_distributed():
         return list(numbers)
-    sent = torch.tensor(list(numbers), device=_device())
-    dist.broadcast(sent, 0)
+    sent = torch.tensor(list(numbers))
+    broadcast_in_place([sent])
     return sent.tolist()
+
+
+@torch.no_grad()
+def sum_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their sums over all processes, equal to the last bit in all of them.
+
+    Args:
+        tensors: Of equal shapes and dtypes, in the same order, in all processes.
+    """
+    _in_buckets(tensors, dist.all_reduce)
+
+
+@torch.no_grad()
+def broadcast_in_place(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by those of the first process.
+
+    Args:
+        tensors: Of equal shapes and dtypes, in the same order, in all processes.
+    """
+    _in_buckets(tensors, lambda flat: dist.broadcast(flat, 0))
+
+
+def gather(tensor: Tensor) -> list[Tensor]:
+    """Gather equally shaped tensors from all processes.
+
+    Args:
+        tensor: This process's, ``[...]``.
+
+    Returns:
+        Those of all processes in order of their ranks, on the CPU.
+    """
+    local = tensor.to(_device()).contiguous()
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    _Traffic.count(local)
+    dist.all_gather(parts, local)
+    return [part.cpu() for part in parts]
 
 
 def merge_across_processes(measurement: Measurement) -> Measurement:
@@ -93,29 +156,32 @@ def merge_across_processes(measurement: Measurement) -> Measurement:
             "estimator='dense' works in one process only: the gradients would have to travel. "
             "Use estimator='sketch'."
         )
-    world = dist.get_world_size()
-    counts = _gather(torch.tensor([[measurement.batches]], dtype=torch.float64))
-    sizes = [int(count.item()) for count in counts]
-    extra = _gather(
+    extra = gather(
         torch.tensor(
-            [[float(measurement.info.get(key) or 0) for key in ("examples", "tokens")]],
+            [
+                measurement.batches,
+                *(float(measurement.info.get(key) or 0) for key in ("examples", "tokens")),
+            ],
             dtype=torch.float64,
         )
     )
-    spectra = _spectra(measurement.spectrum, sizes) if measurement.spectrum else [None] * world
-    means = (
-        _mean_gradients(measurement.mean_gradient) if measurement.mean_gradient else [None] * world
-    )
+    rows = [[int(number) for number in found.tolist()] for found in extra]
+    sizes = [size for size, _, _ in rows]
+    spectra = _spectra(measurement.spectrum, sizes) if measurement.spectrum else [None] * len(sizes)
     parts = [
         Measurement(
             measurement.targets,
             spectrum,
-            mean,
-            {**measurement.info, "examples": int(row[0, 0]), "tokens": int(row[0, 1])},
+            None,
+            {**measurement.info, "examples": examples, "tokens": tokens},
         )
-        for spectrum, mean, row in zip(spectra, means, extra, strict=True)
+        for spectrum, (_, examples, tokens) in zip(spectra, rows, strict=True)
     ]
-    return merge(parts, interleave=True)
+    merged = merge(parts, interleave=True)
+    if measurement.mean_gradient is None:
+        return merged
+    keep_rows = bool(measurement.info.get("rows"))
+    return replace(merged, mean_gradient=_mean_gradient(measurement.mean_gradient, keep_rows))
 
 
 def _spectra(statistic: SpectrumStatistic, sizes: list[int]) -> list[SpectrumStatistic]:
@@ -124,7 +190,7 @@ def _spectra(statistic: SpectrumStatistic, sizes: list[int]) -> list[SpectrumSta
         torch.nn.functional.pad(rows, (0, 0, 0, most - rows.shape[0]))
         for rows in statistic.rows.values()
     ]
-    gathered = _gather(torch.cat(padded, dim=1))
+    gathered = gather(torch.cat(padded, dim=1))
     widths = [rows.shape[1] for rows in statistic.rows.values()]
     parts = []
     for size, flat in zip(sizes, gathered, strict=True):
@@ -136,30 +202,51 @@ def _spectra(statistic: SpectrumStatistic, sizes: list[int]) -> list[SpectrumSta
     return parts
 
 
-def _mean_gradients(statistic: MeanGradientStatistic) -> list[MeanGradientStatistic]:
-    world = dist.get_world_size()
-    sums: list[dict[str, dict[str, tuple[Tensor, Tensor]]]] = [
-        {EVEN: {}, ODD: {}} for _ in range(world)
-    ]
-    for half in (EVEN, ODD):
-        for name, (y, w) in statistic.sketches[half].items():
-            flat = torch.cat([y.cpu().reshape(-1), w.cpu().reshape(-1)])[None]
-            for rank, row in enumerate(_gather(flat)):
-                first, second = row[0].split([y.numel(), w.numel()])
-                sums[rank][half][name] = (first.reshape(y.shape), second.reshape(w.shape))
-    counts = _gather(torch.tensor([[float(statistic.counts[half]) for half in (EVEN, ODD)]]))
-    return [
-        from_sketches(part, {EVEN: int(row[0, 0]), ODD: int(row[0, 1])}, statistic.seed)
-        for part, row in zip(sums, counts, strict=True)
-    ]
+def _mean_gradient(statistic: MeanGradientStatistic, rows: bool) -> MeanGradientStatistic:
+    """Sketches of sums add up, so the sums travel and not each process's own."""
+    halves = (EVEN, ODD)
+    sums = {
+        half: {name: (y.clone(), w.clone()) for name, (y, w) in statistic.sketches[half].items()}
+        for half in halves
+    }
+    counts = torch.tensor([float(statistic.counts[half]) for half in halves])
+    pairs = [pair for half in halves for pair in sums[half].values()]
+    sum_over_processes([counts, *(sketch for pair in pairs for sketch in pair)])
+    known = {half: int(count) for half, count in zip(halves, counts.tolist(), strict=True)}
+    return from_sketches(sums, known, statistic.seed, rows)
 
 
-def _gather(tensor: Tensor) -> list[Tensor]:
-    """Gather equally shaped tensors from all processes, in order of their ranks, on the CPU."""
-    local = tensor.to(_device()).contiguous()
-    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, local)
-    return [part.cpu() for part in parts]
+def _in_buckets(tensors: Sequence[Tensor], call: Callable[[Tensor], object]) -> None:
+    """Make a collective call on tensors, many of one dtype and device together, in place."""
+    kinds: dict[tuple[str, str], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            kinds.setdefault((str(tensor.dtype), tensor.device.type), []).append(tensor)
+    for _, alike in sorted(kinds.items()):
+        for bucket in _buckets(alike):
+            home = bucket[0].device
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            sent = flat.to(_device()) if home.type == "cpu" else flat
+            _Traffic.count(sent)
+            call(sent)
+            parts = sent.to(home).split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut a sequence of tensors of one dtype where a bucket is full; none is empty."""
+    bucket: list[Tensor] = []
+    held = 0
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if bucket and held + size > BUCKET_BYTES:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(tensor)
+        held += size
+    if bucket:
+        yield bucket
 
 
 def _device() -> torch.device:

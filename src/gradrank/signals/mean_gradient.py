@@ -118,6 +118,20 @@ class MeanGradientStatistic:
             }
         return from_sketches(sums, counts, parts[0].seed, rows)
 
+    def join(self, more: "MeanGradientStatistic") -> None:
+        """Take in the same batches' statistic of further targets.
+
+        Args:
+            more: The statistic.
+        """
+        mine, further = (
+            (self.values, self.sketches, self.rows),
+            (more.values, more.sketches, more.rows),
+        )
+        for parts, new in zip(mine, further, strict=True):
+            for part, named in new.items():
+                parts[part] |= named  # pyright: ignore[reportArgumentType]
+
     def tensors(self, sketches: bool) -> dict[str, Tensor]:
         """Return what is saved: singular values and row factors (the sketches are not).
 
@@ -181,7 +195,7 @@ class MeanGradientProbe:
             for width in {target.d_in for target in targets}
         }
         self._out_signs = {t.name: out_signs(seed, t.name, t.d_out) for t in targets}
-        self._current: dict[str, tuple[Tensor, Tensor]] = {}
+        self._touched: set[str] = set()
         self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = {EVEN: {}, ODD: {}}
         self._counts = {EVEN: 0, ODD: 0}
 
@@ -200,31 +214,47 @@ class MeanGradientProbe:
         signs = self._out_signs[target.name] = self._out_signs[target.name].to(delta.device)
         range_part = delta.float().T @ projected
         corange_part = fold(delta, signs, self.corange).T @ x.float()
-        _add(self._current, target.name, (range_part, corange_part))
+        # Straight to the sums: sketches of the batch alone would be as large again.
+        self._touched.add(target.name)
+        _add(self._sums[self._half], target.name, (range_part, corange_part))
 
     def end_batch(self, batch: int) -> None:
-        """Close a mini-batch: add its sketches to its half, and refuse NaN and infinity.
+        """Close a mini-batch: refuse NaN and infinity, and turn to the other half.
 
         Args:
-            batch: Index of the batch.
+            batch: Index of the batch, for the message; batches come in turn, even and odd.
         """
-        refuse_non_finite({name: pair[0] for name, pair in self._current.items()}, batch)
-        half = ODD if batch % 2 else EVEN
-        self._counts[half] += 1
-        for name, pair in self._current.items():
-            _add(self._sums[half], name, pair)
-        self._current = {}
+        sums = self._sums[self._half]
+        touched = [target.name for target in self._targets if target.name in self._touched]
+        # Sums that were finite before tell whether this batch was.
+        refuse_non_finite({name: sums[name][0] for name in touched}, batch)
+        self._counts[self._half] += 1
+        self._touched = set()
+
+    @property
+    def _half(self) -> str:
+        return ODD if self._counts[EVEN] > self._counts[ODD] else EVEN
 
     def finish(self) -> MeanGradientStatistic:
-        """Return the statistic."""
-        for half in (EVEN, ODD):
-            for target in self._targets:
-                if target.name not in self._sums[half]:
-                    self._sums[half][target.name] = (
-                        torch.zeros(target.d_out, min(self.size, target.d_in)),
-                        torch.zeros(min(self.corange, target.d_out), target.d_in),
-                    )
-        return from_sketches(self._sums, self._counts, self._seed, self._rows)
+        """Return the statistic, on the host, and forget the batches."""
+        counts, found = self._counts, self._sums
+        self._counts, self._sums = {EVEN: 0, ODD: 0}, {EVEN: {}, ODD: {}}
+        sums = {
+            half: {t.name: _on_host(named.get(t.name) or self._nothing(t)) for t in self._targets}
+            for half, named in found.items()
+        }
+        return from_sketches(sums, counts, self._seed, self._rows)
+
+    def reserve(self) -> None:
+        """Make the sums of both halves beforehand, as they are from the third batch on."""
+        for sums in self._sums.values():
+            sums |= {target.name: self._nothing(target) for target in self._targets}
+
+    def _nothing(self, target: Target) -> tuple[Tensor, Tensor]:
+        return (
+            torch.zeros(target.d_out, min(self.size, target.d_in)),
+            torch.zeros(min(self.corange, target.d_out), target.d_in),
+        )
 
 
 def out_signs(seed: int, name: str, d_out: int) -> Tensor:
@@ -276,6 +306,10 @@ def from_sketches(
             if rows:
                 kept[part][name] = row_factors(y, w, signs)
     return MeanGradientStatistic(values, sums, whole, seed, kept if rows else {})
+
+
+def _on_host(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return pair[0].cpu(), pair[1].cpu()
 
 
 def _add(sums: dict[str, Any], name: str, pair: tuple[Tensor, Tensor]) -> None:

@@ -1,72 +1,61 @@
 """Run mini-batches through a model and gather statistics of its gradients."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from gradrank.core.errors import MeasurementError, OptionError, nearest
+from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
+from gradrank.signals.blocks import checkpointed, checkpoints_itself, repeated_blocks
 from gradrank.signals.layers import Site, unwrapped
 from gradrank.signals.loss import count_items, inner_model, model_loss, sizes, to_device
-from gradrank.signals.mean_gradient import MeanGradientProbe
+from gradrank.signals.mean_gradient import MeanGradientProbe, MeanGradientStatistic
 from gradrank.signals.measurement import Measurement
 from gradrank.signals.observe import Observer, Probe
+from gradrank.signals.requests import (
+    ESTIMATORS,
+    MAX_SKETCH,
+    SIGNALS,
+    MeanGradient,
+    Signal,
+    Spectrum,
+)
+from gradrank.signals.scheme import Cap, Scheme, scheme_of
 from gradrank.signals.spectrum import DenseProbe, SketchProbe, SpectrumStatistic
 from gradrank.signals.untouched import untouched
+from gradrank.signals.weigh import weigh
+
+# What is asked for and how it is taken are one subject to those who call.
+__all__ = [
+    "ESTIMATORS",
+    "MAX_SKETCH",
+    "SIGNALS",
+    "BatchProbe",
+    "LossFunction",
+    "MeanGradient",
+    "Progress",
+    "Signal",
+    "Spectrum",
+    "probe_for",
+    "run",
+    "scheme_for",
+]
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int], None]
 
-ESTIMATORS = ("sketch", "dense")
-MAX_SKETCH = 4096
+
+class _Joins(Protocol):
+    def join(self, more: Self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Spectrum:
-    """Request for the spectrum over batches (GARD).
-
-    Attributes:
-        estimator: ``sketch`` (default) or ``dense`` (exact, several passes over the batches).
-        sketch_dim: Sketch size k on either side.
-        max_bytes: Cap on the gradients that ``dense`` holds at once.
-    """
-
-    estimator: str = "sketch"
-    sketch_dim: int = 128
-    max_bytes: int = 2 << 30
-
-    def __post_init__(self) -> None:
-        if self.estimator not in ESTIMATORS:
-            hint = nearest(self.estimator, ESTIMATORS)
-            raise OptionError(f"estimator '{self.estimator}' is unknown. {hint}")
-        if not 1 <= self.sketch_dim <= MAX_SKETCH:
-            raise OptionError(f"sketch_dim is {self.sketch_dim}; it must lie in 1..{MAX_SKETCH}.")
-
-
-@dataclass(frozen=True, slots=True)
-class MeanGradient:
-    """Request for the singular values of the mean gradient (water-filling).
-
-    Attributes:
-        directions: How many leading directions to resolve.
-        rows: Whether to keep row factors too, ``4 k`` bytes per output row for all batches and
-            for each half of them: what partitions of output neurons are priced by.
-    """
-
-    directions: int = 40
-    rows: bool = False
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.directions <= MAX_SKETCH:
-            raise OptionError(f"directions is {self.directions}; it must lie in 1..{MAX_SKETCH}.")
-
-
-Signal = Spectrum | MeanGradient
-SIGNALS: dict[str, Callable[[], Signal]] = {"spectrum": Spectrum, "mean-gradient": MeanGradient}
+T = TypeVar("T", bound=_Joins)
 
 
 class BatchProbe(Probe, Protocol):
@@ -81,6 +70,51 @@ class BatchProbe(Probe, Protocol):
         ...
 
 
+def scheme_for(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Sequence[Sequence[Any]],
+    signals: Sequence[Signal],
+    loss_function: LossFunction | None = None,
+    checkpoint: bool | None = None,
+    max_memory: int | None = None,
+) -> Scheme:
+    """Decide how mini-batches are measured.
+
+    With a cap, the largest micro-batch goes through the model once, forward, and what a backward
+    pass would need is weighed.
+
+    Args:
+        model: The model.
+        sites: The targets and their modules.
+        batches: Mini-batches, each a sequence of micro-batches.
+        signals: What to measure.
+        loss_function: As for :func:`run`.
+        checkpoint: Whether to checkpoint the model's blocks; None: only if the cap asks for it.
+        max_memory: Cap in bytes, or None.
+
+    Returns:
+        The scheme.
+    """
+    targets = [site.target for site in sites]
+    if max_memory is None or not batches:
+        return scheme_of(targets, signals, len(batches), checkpoint)
+    model = unwrapped(model)
+    device = _device_of(model)
+    largest = max((micro for group in batches for micro in group), key=_numbers)
+    micro = to_device(largest, device)
+    probes = [probe_for(signal, targets, 0) for signal in signals]
+    loss = loss_function or model_loss
+    cap = Cap(
+        limit=max_memory,
+        memory=weigh(model, sites, probes, lambda: loss(model, micro), micro),
+        on_host=device.type == "cpu",
+        can_checkpoint=bool(repeated_blocks(model)),
+    )
+    own = checkpoints_itself(model)
+    return scheme_of(targets, signals, len(batches), True if own else checkpoint, cap)
+
+
 def run(
     model: nn.Module,
     sites: Sequence[Site],
@@ -89,6 +123,7 @@ def run(
     seed: int,
     loss_function: LossFunction | None = None,
     progress: Progress | None = None,
+    scheme: Scheme | None = None,
 ) -> Measurement:
     """Measure the given mini-batches.
 
@@ -101,7 +136,9 @@ def run(
         seed: Seed of the sketches and of the random state while measuring.
         loss_function: ``(model, micro_batch) -> scalar loss``, the mean over its items; default:
             the model's own loss.
-        progress: Called with (batches done, batches in all).
+        progress: Called with (batches done, batches in all), those of all passes.
+        scheme: In which passes; default: one for all sketches, and one per block of dense
+            gradients.
 
     Returns:
         The measurement.
@@ -114,38 +151,75 @@ def run(
     # DistributedDataParallel would wait for gradients of weights, and none are computed here.
     model = unwrapped(model)
     targets = [site.target for site in sites]
-    passes = _passes(targets, signals, seed, len(batches))
-    steps = _Steps(model, loss_function or model_loss, progress, len(passes) * len(batches))
+    scheme = scheme or scheme_of(targets, signals, len(batches))
+    steps = _Steps(model, loss_function or model_loss, progress, len(scheme.passes) * len(batches))
     started = time.perf_counter()
-    spectrum: SpectrumStatistic | None = None
-    mean = None
-    reached: set[str] = set()
-    with untouched(model, seed):
-        for names, probes in passes:
+    found = _Found()
+    recomputing = checkpointed(model) if scheme.checkpoint else contextlib.nullcontext()
+    with untouched(model, seed), recomputing:
+        for one in scheme.passes:
+            names = {target.name for target in one.targets}
             chosen = [site for site in sites if site.target.name in names]
-            with Observer(chosen, list(probes.values())) as observer:
-                steps.take(batches, probes.values(), observer, whole=len(names) == len(targets))
-            reached |= observer.reached
-            for kind, probe in probes.items():
-                part = probe.finish()
-                if kind == "mean-gradient":
-                    mean = part
-                elif spectrum is None:
-                    spectrum = part
-                else:
-                    spectrum.gram.update(part.gram)
-    if not reached:
+            probes = [probe_for(signal, one.targets, seed) for signal in one.signals]
+            with Observer(chosen, probes) as observer:
+                steps.take(batches, probes, observer, whole=len(names) == len(targets))
+            found.add(probes, observer.reached)
+    if not found.reached:
         raise MeasurementError(_reaches_nothing("any batch"))
-    if spectrum is not None:
-        spectrum.gram = {target.name: spectrum.gram[target.name] for target in targets}
     info = {
         **_describe(model, signals, seed),
         "seconds": time.perf_counter() - started,
         "examples": steps.examples,
         "tokens": steps.tokens,
-        "unreached": [target.name for target in targets if target.name not in reached],
+        "passes": len(scheme.passes),
+        "checkpointed": scheme.checkpoint or checkpoints_itself(model),
+        "predicted_memory": scheme.predicted,
+        "unreached": [target.name for target in targets if target.name not in found.reached],
     }
-    return Measurement(tuple(targets), spectrum, mean, info)
+    return Measurement(tuple(targets), found.spectrum, found.mean_gradient, info)
+
+
+def probe_for(signal: Signal, targets: Sequence[Target], seed: int) -> BatchProbe:
+    """Return the probe of a signal.
+
+    Args:
+        signal: What is measured.
+        targets: The targets that it looks at.
+        seed: Seed of the sketches.
+
+    Returns:
+        The probe.
+    """
+    if isinstance(signal, MeanGradient):
+        return MeanGradientProbe(targets, signal.directions, seed, signal.rows)
+    if signal.estimator == "sketch":
+        return SketchProbe(targets, signal.sketch_dim, seed)
+    return DenseProbe(targets)
+
+
+@dataclass
+class _Found:
+    """Statistics of the passes so far, joined over blocks of targets in model order."""
+
+    spectrum: SpectrumStatistic | None = None
+    mean_gradient: MeanGradientStatistic | None = None
+    reached: set[str] = field(default_factory=set)
+
+    def add(self, probes: Iterable[BatchProbe], reached: set[str]) -> None:
+        self.reached |= reached
+        for probe in probes:
+            part = probe.finish()
+            if isinstance(part, MeanGradientStatistic):
+                self.mean_gradient = _joined(self.mean_gradient, part)
+            else:
+                self.spectrum = _joined(self.spectrum, part)
+
+
+def _joined(first: T | None, second: T) -> T:
+    if first is None:
+        return second
+    first.join(second)
+    return first
 
 
 class _Steps:
@@ -183,8 +257,7 @@ class _Steps:
                 self._progress(self._done, self._total)
 
     def _step(self, micro: Any, share: float, index: int, whole: bool) -> None:
-        device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
-        micro = to_device(micro, device)
+        micro = to_device(micro, _device_of(self._model))
         with torch.enable_grad():
             loss = self._loss_function(self._model, micro)
             _check_loss(loss, index, whole)
@@ -196,52 +269,15 @@ class _Steps:
         self.tokens += tokens
 
 
-def _passes(
-    targets: Sequence[Target], signals: Sequence[Signal], seed: int, batches: int
-) -> list[tuple[set[str], dict[str, BatchProbe]]]:
-    """Plan the passes over the batches: one for sketches, one per block of dense gradients."""
-    names = {target.name for target in targets}
-    together: dict[str, BatchProbe] = {}
-    passes: list[tuple[set[str], dict[str, BatchProbe]]] = []
-    for signal in signals:
-        if isinstance(signal, MeanGradient):
-            together["mean-gradient"] = MeanGradientProbe(
-                targets, signal.directions, seed, signal.rows
-            )
-        elif signal.estimator == "sketch":
-            together["spectrum"] = SketchProbe(targets, signal.sketch_dim, seed)
-        else:
-            blocks = dense_blocks(targets, signal, batches)
-            passes.extend(
-                ({target.name for target in block}, {"spectrum": DenseProbe(block)})
-                for block in blocks
-            )
-    return [(names, together), *passes] if together else passes
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def dense_blocks(targets: Sequence[Target], signal: Spectrum, batches: int) -> list[list[Target]]:
-    """Return the blocks of targets whose dense gradients are kept at once, one pass for each.
-
-    Args:
-        targets: The targets.
-        signal: The request, with its ``max_bytes``; a single target may exceed them.
-        batches: Mini-batches M.
-
-    Returns:
-        The blocks, in model order.
-    """
-    # Float32 gradients of all mini-batches, and one more while a block is joined.
-    limit = signal.max_bytes // (4 * (batches + 1))
-    blocks: list[list[Target]] = [[]]
-    used = 0
-    for target in targets:
-        size = target.d_in * target.d_out
-        if blocks[-1] and used + size > limit:
-            blocks.append([])
-            used = 0
-        blocks[-1].append(target)
-        used += size
-    return blocks
+def _numbers(batch: Any) -> int:
+    """How many numbers a micro-batch holds, as far as its tensors tell."""
+    values = batch.values() if hasattr(batch, "values") else batch
+    leaves = tree_leaves(list(values) if isinstance(values, Iterable) else values)
+    return sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _describe(model: nn.Module, signals: Sequence[Signal], seed: int) -> dict[str, Any]:

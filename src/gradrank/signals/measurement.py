@@ -1,5 +1,6 @@
 """Measurements: what the hooks gathered, per target, with where it came from."""
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from gradrank.core.errors import MeasurementError
 from gradrank.core.files import write_atomic
 from gradrank.core.targets import Target
+from gradrank.core.text import parse_json
 from gradrank.ops.sketch import seed_of
 from gradrank.ops.spectrum import effective_rank, eigenvalues, entropy_rank, stable_rank
 from gradrank.signals.integrity import check_parts
@@ -65,7 +67,7 @@ class Measurement:
             name: Name of the target.
 
         Returns:
-            The matrix. Unit: squared loss per squared weight.
+            The matrix, in squared loss per squared weight.
         """
         return self.need_spectrum().gram[name]
 
@@ -202,9 +204,11 @@ class Measurement:
         Raises:
             MeasurementError: If the file is missing, damaged, or no measurement.
         """
+        if Path(path).exists() and not Path(path).is_file():
+            raise MeasurementError(f"measurement '{path}' is no ordinary file.")
         try:
             with safe_open(str(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("gradrank", "{}"))
+                header = parse_json((file.metadata() or {}).get("gradrank", "{}"))
                 if header.get("schema") != SCHEMA:
                     raise MeasurementError(f"'{path}' is no measurement (schema '{SCHEMA}').")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -222,6 +226,15 @@ class Measurement:
         except _DAMAGE as error:
             raise MeasurementError(f"measurement '{path}' is damaged: {error}.") from error
         return measurement
+
+    def __repr__(self) -> str:
+        known = {"spectrum": self.spectrum, "mean-gradient": self.mean_gradient}
+        signals = " and ".join(name for name, one in known.items() if one is not None) or "nothing"
+        return f"Measurement({signals} of {len(self.targets)} targets in {self.batches} batches)"
+
+    def _repr_html_(self) -> str:
+        notebook = importlib.import_module("gradrank.report.notebook")  # draws; floors above
+        return notebook.measurement_html(self.targets, self.summary())
 
     @classmethod
     def _from_parts(cls, header: Any, tensors: dict[str, Tensor]) -> "Measurement":

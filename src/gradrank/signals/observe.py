@@ -4,6 +4,10 @@ For a linear target the weight gradient of a batch is ``G = Δᵀ X`` (``X [T, d
 ``Δ [T, d_out]`` output gradients). Probes see X in the forward pass and may keep what they need
 of it; they see Δ in the backward pass. No weight gradient is ever formed, so frozen, quantised
 and sharded weights are all alike.
+
+What a probe keeps is handed to autograd to save, as it saves activations of its own. So it is
+dropped and computed again wherever gradient checkpointing does that to activations, moved
+wherever they are moved (``torch.autograd.graph.save_on_cpu``), and freed with the graph.
 """
 
 import weakref
@@ -15,8 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
 from gradrank.signals.layers import Site
+
+Kept = Tensor | tuple[Tensor, ...]
 
 
 class Probe(Protocol):
@@ -26,8 +33,11 @@ class Probe(Protocol):
         """Targets with equal keys and the same input tensor get one ``on_input`` result."""
         ...
 
-    def on_input(self, target: Target, x: Tensor) -> Any:
-        """Return what must be kept of ``x [T, d_in]`` until the backward pass."""
+    def on_input(self, target: Target, x: Tensor) -> Kept:
+        """Return what must be kept of ``x [T, d_in]`` until the backward pass.
+
+        Called again for the same input where a checkpointed block computes it again.
+        """
         ...
 
     def on_output_grad(self, target: Target, kept: Any, delta: Tensor) -> None:
@@ -96,18 +106,22 @@ class Observer:
 
         return hook
 
-    def _grad_hook(self, target: Target, kept: list[Any]) -> Callable[[Tensor], None]:
+    def _grad_hook(self, target: Target, kept: list[Kept]) -> Callable[[Tensor], None]:
+        saved = _Saved(target, kept)
+
         def hook(grad: Tensor) -> None:
+            # Before anything else: a checkpointed block is computed again here, in its own modes.
+            parts = saved.parts()
             # Sketches are made in float32 also where backward() stands inside an autocast block.
             with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
                 self.reached.add(target.name)
                 delta = grad.detach().reshape(-1, target.d_out)
-                for probe, part in zip(self._probes, kept, strict=True):
+                for probe, part in zip(self._probes, parts, strict=True):
                     probe.on_output_grad(target, part, delta)
 
         return hook
 
-    def _keep(self, target: Target, x: Tensor) -> list[Any]:
+    def _keep(self, target: Target, x: Tensor) -> list[Kept]:
         """Let the probes look at an input, once for targets that share it (q, k and v)."""
         shared = self._shared(x)
         kept = []
@@ -126,6 +140,51 @@ class Observer:
         if last is None or last[0]() is not x or last[1] != x._version:
             last = self._last_input = (weakref.ref(x), x._version, {})
         return last[2]
+
+
+class _Node(torch.autograd.Function):
+    """A node beside the graph, which no gradient passes through: it only saves tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.view_as(anchor)
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _Saved:
+    """What the probes keep of one call's input, saved by autograd."""
+
+    def __init__(self, target: Target, kept: Sequence[Kept]) -> None:
+        self._target = target
+        tensors = [part for one in kept for part in (one if isinstance(one, tuple) else (one,))]
+        # None: a single tensor. The tensors themselves must not be held on to here.
+        self._lengths = [len(one) if isinstance(one, tuple) else None for one in kept]
+        # Not the target's output, whose hook holds this object: that would be a cycle.
+        anchor = torch.empty(0, requires_grad=True)
+        self._node: Any = _Node.apply(anchor, *tensors).grad_fn if tensors else None
+
+    def parts(self) -> list[Kept]:
+        """Return what was kept, probe by probe; to be called once per backward pass."""
+        if self._node is None:
+            return []
+        try:
+            tensors = iter(self._node.saved_tensors)
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise MeasurementError(
+                f"the input of '{self._target.name}' was changed in place after the module had "
+                "read it, so its weight gradient cannot be computed any more. Replace the in-place "
+                "operation in the model's code."
+            ) from error
+        return [
+            next(tensors) if length is None else tuple(next(tensors) for _ in range(length))
+            for length in self._lengths
+        ]
 
 
 def _own(output: Tensor) -> Tensor:

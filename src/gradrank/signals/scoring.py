@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from gradrank.core.errors import MeasurementError
 from gradrank.ops import quadrature
 from gradrank.ops.sketch import seed_of
-from gradrank.signals.distributed import is_distributed
+from gradrank.signals.distributed import is_distributed, sum_over_processes
 from gradrank.signals.path import FACTORS, Branch, at_point, gradients
 from gradrank.signals.replay import LossFunction, MicroBatch, Replay
 from gradrank.signals.sensitivity import (
@@ -266,12 +266,9 @@ def _average(total: Gradients, change: float, count: int) -> tuple[Gradients, fl
     processes = 1
     if is_distributed() and flat:
         processes = dist.get_world_size()
-        packed = torch.cat([*(grad.reshape(-1) for grad in flat), flat[0].new_tensor([change])])
-        dist.all_reduce(packed)
-        change = float(packed[-1])
-        parts = packed[:-1].split([grad.numel() for grad in flat])
-        for grad, part in zip(flat, parts, strict=True):
-            grad.copy_(part.view(grad.shape))
+        moved = flat[0].new_tensor([change])
+        sum_over_processes([*flat, moved])
+        change = float(moved)
     for grad in flat:
         grad.div_(count * processes)
     return total, change / (count * processes)

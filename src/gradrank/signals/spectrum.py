@@ -17,6 +17,7 @@ from gradrank.ops.spectrum import (
     fractional_rank,
     gram_matrix,
 )
+from gradrank.signals.rows import RowStore
 
 # A two-sided sketch of k x k numbers is folded once more to this width before it is stored: 4 KB
 # per target and batch. The relative error of an inner product is about sqrt(2 / width) for this
@@ -116,6 +117,15 @@ class SpectrumStatistic:
         }
         return cls({name: gram_matrix(r) for name, r in rows.items()}, rows)
 
+    def join(self, more: "SpectrumStatistic") -> None:
+        """Take in the same batches' statistic of further targets.
+
+        Args:
+            more: The statistic.
+        """
+        self.gram |= more.gram
+        self.rows |= more.rows
+
     def tensors(self, sketches: bool) -> dict[str, Tensor]:
         """Return what is saved, by key.
 
@@ -167,7 +177,7 @@ class SketchProbe:
             for target in targets
         }
         self._current: dict[str, Tensor] = {}
-        self._rows: dict[str, list[Tensor]] = {target.name: [] for target in targets}
+        self._rows = RowStore({target.name: self._row_width(target) for target in targets})
 
     def share_key(self, target: Target) -> object:
         """Share projections between targets of one input width."""
@@ -193,8 +203,7 @@ class SketchProbe:
         Args:
             batch: Index of the batch, for the message.
         """
-        for name, row in self.take_batch(batch).items():
-            self._rows[name].append(row)
+        self._rows.add(self.take_batch(batch))
 
     def take_batch(self, batch: int) -> dict[str, Tensor]:
         """Close a mini-batch and hand out its sketches instead of storing them.
@@ -214,8 +223,7 @@ class SketchProbe:
 
     def finish(self) -> SpectrumStatistic:
         """Return the statistic and forget the batches."""
-        rows = {name: torch.stack(parts) for name, parts in self._rows.items()}
-        self._rows = {name: [] for name in self._rows}
+        rows = self._rows.take()
         return SpectrumStatistic({name: gram_matrix(r) for name, r in rows.items()}, rows)
 
     def _row_width(self, target: Target) -> int:

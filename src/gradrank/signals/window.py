@@ -2,18 +2,22 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
 from gradrank.ops.sketch import fold, prime_at_least, random_signs, seed_of
 from gradrank.ops.spectrum import gram_matrix
-from gradrank.signals.distributed import all_or_none, is_distributed, merge_across_processes
+from gradrank.signals.distributed import (
+    all_or_none,
+    is_distributed,
+    merge_across_processes,
+    sum_over_processes,
+)
 from gradrank.signals.layers import Site
 from gradrank.signals.measure import Spectrum
 from gradrank.signals.measurement import Measurement
@@ -195,24 +199,30 @@ class Window:
         }
         return Measurement(self.targets, statistic, None, info)
 
-    def directions(self) -> Mapping[str, Tensor]:
+    def directions(self, names: Collection[str] | None = None) -> Mapping[str, Tensor]:
         """Return the one-sided sketches of the mean gradient and start new ones.
+
+        Args:
+            names: Targets whose sketches are wanted, the same in all processes; None: all.
 
         Returns:
             Per target ``[k, d_in]`` float32, summed over mini-batches and processes; empty
-            unless asked for.
+            if the window gathers none.
         """
         if self._directions is None:
             return {}
         sums, self._directions.sums = self._directions.sums, {}
-        if is_distributed():
-            for site in self._sites:
-                name, shape = site.target.name, self._directions.shape(site.target)
-                part = sums.get(name)
-                part = torch.zeros(shape, device=_device(site)) if part is None else part
-                dist.all_reduce(part)
-                sums[name] = part
-        return sums
+        wanted = [s for s in self._sites if names is None or s.target.name in names]
+        if not is_distributed():
+            return {s.target.name: sums[s.target.name] for s in wanted if s.target.name in sums}
+        found: dict[str, Tensor] = {}
+        for site in wanted:
+            part = sums.get(site.target.name)
+            shape = self._directions.shape(site.target)
+            none = part is None
+            found[site.target.name] = torch.zeros(shape, device=_device(site)) if none else part
+        sum_over_processes(list(found.values()))
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """Return what a resumed run needs of the window.

@@ -51,7 +51,8 @@ class SpectrumWatch:
         decision = self._course.decide(ranks, self._window.measurement())
         names = [target.name for target in self._targets]
         agreed = of_first_process([decision.ranks[name] for name in names])
-        sketches = self._window.directions()
+        growing = {name for name, rank in zip(names, agreed, strict=True) if rank > ranks[name]}
+        sketches = self._window.directions(growing)
         edits = {
             name: self._edit(ranks[name], rank, sketches.get(name))
             for name, rank in zip(names, agreed, strict=True)

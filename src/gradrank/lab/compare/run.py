@@ -1,5 +1,6 @@
 """A whole grid: search the rates, run what is missing, in parallel, and say how far it is."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from gradrank.core.errors import DataError, OptionError, OutputError, nearest
-from gradrank.core.files import write_text
+from gradrank.core.files import explain_os_error, write_text
 from gradrank.evidence.comparison import Comparison, compare
 from gradrank.evidence.metrics import METRICS
 from gradrank.lab.compare.bench import Bench
@@ -57,15 +58,8 @@ class Grid:
             OutputError: If another process works on the same grid.
         """
         self._check_data()
-        lock = FileLock(str(self.store.folder / ".lock"), timeout=0)
-        try:
-            with lock:
-                self._work()
-        except Timeout:
-            raise OutputError(
-                f"another process works on the grid in '{self.store.folder}'. Wait for it, or "
-                "choose another --out."
-            ) from None  # nothing is broken: the call is refused
+        with alone(self.store.folder):
+            self._work()
 
     def _work(self) -> None:
         cores = os.cpu_count() or 1
@@ -196,6 +190,35 @@ class Grid:
         return name if value is None else f"{name} · lr {run.config.lr:g}: {metric} {value:.4f}"
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from working on a grid.
+
+    Args:
+        folder: The grid's folder.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutputError: If another process works on it.
+    """
+    lock = FileLock(str(folder / ".lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputError(
+            f"another process works on the grid in '{folder}'. Wait for it, or choose another "
+            "--out."
+        ) from None  # nothing is broken: the call is refused
+    except OSError as error:
+        raise OutputError(explain_os_error(error, folder)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def open_grid(path: Path, out: Path, data_dir: str | None = None) -> Grid:
     """Take up the grid of a recipe in a folder, new or begun.
 
@@ -227,9 +250,19 @@ def open_grid(path: Path, out: Path, data_dir: str | None = None) -> Grid:
             )
     if not kept.is_file() or kept.resolve() != path.resolve():
         text = path.read_text(encoding="utf-8")
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(kept, text)
+        if not kept.is_file() or kept.read_text(encoding="utf-8") != text:
+            _keep(kept, text)
     return Grid(recipe, Store(out), data_dir)
+
+
+def _keep(kept: Path, text: str) -> None:
+    """Write the grid's copy of its recipe, which the workers of a grid at work still read."""
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(explain_os_error(error, kept)) from error
+    with alone(kept.parent):
+        write_text(kept, text)
 
 
 def _span(seconds: float) -> str:
