@@ -105,7 +105,7 @@ def memory(rows: Mapping[str, Row]) -> str:
                         for name in ("sketch", "both")
                         for text in (
                             f"{(row[name] - bare) / MIB:.1f}",
-                            f"{row[name] / bare:.2f}",
+                            f"{row[name] / bare:.2f}" if bare else "–",  # too small to see
                         )
                     ),
                     *(f"{row[f'{name}_saved'] / 1024:.1f}" for name in ("sketch", "both")),

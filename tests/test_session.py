@@ -52,7 +52,8 @@ def test_a_plan_says_where_it_comes_from() -> None:
     assert plan.method == "gard"
     assert plan.options["energy"] == 0.8
     assert set(plan.options) == {
-        "energy", "r_min", "r_max", "estimator", "sketch_dim", "centring", "spend_leftover",
+        "energy", "r_min", "r_max", "estimator", "sketch_dim", "centring", "fractional",
+        "spend_leftover",
     }  # fmt: skip
     known = {
         "gradrank": gr.__version__,

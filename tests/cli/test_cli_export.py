@@ -174,7 +174,7 @@ def test_show_says_why_an_engine_would_be_wrong(run: Run, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--target", "triton"), "'triton' is not one of"),
+        (("--target", "triton"), "'triton' is unknown"),
         (("--padding", "none", "--target", "sglang"), "padding 'none' does not serve sglang"),
         (("--padding", "all", "--target", "merged"), "writes no adapter"),
         (("--budget", "3"), "below the floor"),

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from gradrank.core.errors import DataError, OutputError
-from gradrank.core.files import new_folder, read_json, write_atomic, write_json, write_text
+from gradrank.core.files import read_json, write_atomic, write_json, write_text
+from gradrank.core.folders import new_folder
 
 
 def test_files_appear_whole_with_their_folders(tmp_path: Path) -> None:

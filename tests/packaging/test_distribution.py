@@ -1,6 +1,7 @@
 """What is shipped: the wheel and the source archive, built here without network."""
 
 import email
+import os
 import re
 import subprocess
 import sys
@@ -123,8 +124,10 @@ def test_an_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
         "from gradrank.presets import presets; print(len(presets()) > 3)\n"
         "from gradrank.cli.main import main; main(['--help'])\n"
     )
+    # What this process was told about paths does not hold for another environment.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [python, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+        [python, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=env
     )
     where, version, presets, *help_text = done.stdout.splitlines()
     assert Path(where).is_relative_to(folder)

@@ -14,7 +14,7 @@ from gradrank.cli.prepare import Prepared, load_model, prepare, read
 from gradrank.cli.settings import Settings
 from gradrank.cli.tables import plan_lines, table
 from gradrank.cli.training import carry_out, train_settings, write_start
-from gradrank.core.files import new_folder
+from gradrank.core.folders import new_folder
 from gradrank.core.plan import Plan
 from gradrank.lab.evaluate import evaluate
 from gradrank.lab.measured import narrow

@@ -13,7 +13,7 @@ from gradrank.cli.prepare import prepare
 from gradrank.cli.settings import Settings
 from gradrank.cli.training import make_record, now, plan_record
 from gradrank.core.errors import OptionError
-from gradrank.core.files import new_folder
+from gradrank.core.folders import new_folder
 from gradrank.core.plan import Plan
 from gradrank.lab.encode import size_of
 from gradrank.lab.environment import environment

@@ -14,7 +14,7 @@ from gradrank.cli.console import Console
 from gradrank.cli.exits import RunFailedError
 from gradrank.cli.prepare import Prepared
 from gradrank.cli.settings import Settings
-from gradrank.core.files import new_folder
+from gradrank.core.folders import new_folder
 from gradrank.core.plan import Plan
 from gradrank.lab.arms import head_options, moving
 from gradrank.lab.train import TrainOutcome, TrainSettings, train

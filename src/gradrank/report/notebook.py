@@ -53,6 +53,7 @@ def plan_html(plan: Plan) -> str:
     for planned in plan.targets:
         groups.setdefault(layout.row_of(planned.target.name), []).append(planned)
     rows = []
+    whole = plan.parameters
     for kind, members in groups.items():
         ranks, spent = [p.rank for p in members], sum(p.parameters for p in members)
         rows.append(
@@ -62,7 +63,7 @@ def plan_html(plan: Plan) -> str:
                 _number(_span(ranks)),
                 _number(number(sum(ranks) / len(ranks), 3)),
                 _number(count(spent)),
-                _number(percent(spent / plan.parameters if plan.parameters else 0)),
+                _number(percent(spent / whole if whole else 0)),
             )
         )
     heads = ("module type", "targets", "ranks", "mean rank", "parameters", "share")

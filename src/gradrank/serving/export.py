@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from gradrank.core.errors import OptionError, PlanError, nearest
-from gradrank.core.files import new_folder
+from gradrank.core.folders import new_folder
 from gradrank.serving.adapter import Adapter
 from gradrank.serving.check import Reference, check_inputs, largest_error, logits, reference
 from gradrank.serving.compression import Losses, compress, truncate
