@@ -1,5 +1,6 @@
 """Growth study: its figures. A part without results has none."""
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
@@ -86,7 +87,7 @@ def memory(rows: Mapping[str, Row]) -> Figure:
     """Draw peak memory beside the bare passes along each axis."""
     return _beside(
         rows,
-        lambda row, name: row[name] / row["bare"],
+        lambda row, name: row[name] / row["bare"] if row["bare"] else math.nan,  # too small
         "growth-memory",
         "Peak memory of measuring, by the peak of the bare passes",
         "One process each; weights included. One size grows, the others stay as in the base.",
