@@ -25,7 +25,7 @@ SCHEMA = "gradrank.bench/2"
 _BUSY = 0.1
 # glibc keeps freed blocks of up to 32 MB for later, which counts as resident. Told to hand every
 # block of 64 KiB back, what is resident is what tensors hold. It costs time, so nothing is timed.
-_EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 Row = dict[str, Any]
 
@@ -163,7 +163,7 @@ def fresh(bench: str, args: argparse.Namespace, part: str, exact: bool = False) 
     plain = {k: v for k, v in vars(args).items() if k not in {"out", "part"}}
     wanted = json.dumps({"part": part, "args": plain})
     command = [sys.executable, "-m", f"benchmarks.bench_{bench}", "--part", wanted]
-    extra = _EXACT if exact else {}
+    extra = EXACT if exact else {}
     done = subprocess.run(
         [*command, f"--threads={args.threads}"],
         check=True,

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.frame import EXACT
 from benchmarks.growth_points import QUICK_AXES, VARIANTS, Axes, Point, batches_of, do, model_of
 from benchmarks.setting import peak_over, resident
 
@@ -26,9 +27,6 @@ FULL = Axes(
     },
 )
 QUICK = QUICK_AXES
-# glibc keeps freed blocks for later, which counts as resident. Told to hand every block of 64 KiB
-# back, what is resident is what tensors hold.
-_EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 _WARM = Point(width=64, layers=1, tokens=16, batches=2)
 
 
@@ -46,7 +44,7 @@ def row_of(point: Point) -> Row:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        env=os.environ | _EXACT,
+        env=os.environ | EXACT,
         cwd=Path(__file__).parents[1],
     )
     return json.loads(done.stdout.splitlines()[-1])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.frame import EXACT
 from transformers import LlamaConfig
 
 from gradrank.core.files import write_json
@@ -34,12 +35,7 @@ SIGNALS = (Spectrum(), MeanGradient())
 PHASES = ("measuring", "measuring_checkpointed", "training", "checkpointed")
 BATCHES, BUDGET = 4, "uniform:8"
 PLAIN = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-# glibc keeps freed blocks of up to 32 MB for later, which counts as resident. Told to hand every
-# block of 64 KiB back, what is resident is what tensors hold.
-WAYS = {
-    "exact": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-    "as it is": {},
-}
+WAYS = {"exact": EXACT, "as it is": {}}
 # Width, layers, batch size, length.
 LLAMAS = ((256, 4, 4, 256), (512, 4, 4, 256), (512, 4, 2, 512))
 BERT = ("minilm-l6", "classification", 16, 128)

@@ -182,8 +182,8 @@ class GardCourse:
         method = self._method
         spectrum = measurement.need_spectrum()
         found = spectrum.effective_ranks(method.energy, method.centring)
-        read = spectrum.fractional_ranks if method.fractional else spectrum.effective_ranks
-        latest = read(method.energy, method.centring)
+        finer = method.fractional
+        latest = spectrum.fractional_ranks(method.energy, method.centring) if finer else found
         beta = method.beta if self._smoothed else 0.0
         self._smoothed = {
             t.name: beta * self._smoothed.get(t.name, 0.0) + (1 - beta) * latest[t.name]
