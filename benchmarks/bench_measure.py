@@ -8,6 +8,7 @@ Variants:
 - lora      forward and backward pass of PEFT LoRA of rank 8 on the same targets (reference)
 - sketch    bare, and the two-sided sketch of every target (GARD)
 - both      bare, and both sketches in one pass (GARD and water-filling)
+- both-80   the same with twice the directions of the mean gradient
 - dense     bare, and the exact gradient of every target, half of the layers per pass
 """
 
@@ -29,7 +30,8 @@ from gradrank.signals.observe import Observer
 from gradrank.signals.spectrum import DenseProbe, SketchProbe
 from gradrank.signals.untouched import untouched
 
-VARIANTS = ("lora", "bare", "sketch", "both", "dense")
+VARIANTS = ("lora", "bare", "sketch", "both", "both-80", "dense")
+DIRECTIONS = {"both": MeanGradient().directions, "both-80": 2 * MeanGradient().directions}
 PEAK_BATCHES = 4
 GOALS = (
     Goal("measuring spectra, per batch", "sketch", "ratio", 1.05, "LoRA forward and backward"),
@@ -70,10 +72,10 @@ def stepper(variant: str, model: Any) -> Callable[[Batch, int], None]:
     sites = find_sites(model)
     targets = [site.target for site in sites]
     probes: list[Any] = []
-    if variant in {"sketch", "both"}:
+    if variant in {"sketch", *DIRECTIONS}:
         probes.append(SketchProbe(targets, Spectrum().sketch_dim, 0))
-    if variant == "both":
-        probes.append(MeanGradientProbe(targets, MeanGradient().directions, 0))
+    if variant in DIRECTIONS:
+        probes.append(MeanGradientProbe(targets, DIRECTIONS[variant], 0))
     blocks = [sites]
     if variant == "dense":
         # Half the layers per pass: what a memory cap of half the gradients would ask for.

@@ -1,5 +1,6 @@
 """What every test starts from: no hub, one thread, seeded randomness, the tiny architectures."""
 
+import gc
 import os
 import signal
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import settings
 
 from cases import CASES, Case
+from quick import compile_templates_once
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A job that a shell starts in the background ignores Ctrl-C; tests of it need the usual state.
@@ -19,6 +21,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("gradrank", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("gradrank")
 torch.set_num_threads(1)
+compile_templates_once()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of later collections: every Trainer ends with a full one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

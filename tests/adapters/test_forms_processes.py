@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import traceback
 from datetime import timedelta
@@ -25,6 +24,7 @@ from cases import CASES, batches
 from gradrank.adapters import forms
 from gradrank.adapters.baking import gathered
 from gradrank.core.errors import TargetError
+from launching import run_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -93,7 +93,7 @@ def check(rank: int, kind: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -116,23 +116,7 @@ def main() -> None:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("forms")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"[rank {rank}] {output[-3000:]}"
+    run_ranks(__file__, str(folder), seconds=TIMEOUT)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from gradrank.cli.main import main
 from gradrank.lab.compare.bench import Bench
 from gradrank.lab.compare.carry import carry_out
 from gradrank.lab.compare.run import open_grid
+from launching import COMMAND, Started, start
 
 RECIPE: dict[str, Any] = {
     "schema": "gradrank.recipe/1",
@@ -54,23 +53,14 @@ def invoke(*args: str) -> Any:
     return CliRunner().invoke(main, ["compare", *args])
 
 
-def started(recipe: Path, out: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", "from gradrank.cli.main import main; main()", "compare"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, str(recipe), "--out", str(out), "--json"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def started(recipe: Path, out: Path) -> Started:
+    return start(COMMAND, "compare", str(recipe), "--out", str(out), "--json", session=True)
 
 
-def until(true: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+def until(true: Callable[[], bool], process: Started) -> None:
     deadline = time.monotonic() + 150
     while not true():
-        assert process.poll() is None, process.communicate()
+        assert process.code is None, process.stderr
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -86,7 +76,7 @@ def test_a_killed_grid_goes_on_and_ends_like_an_undisturbed_one(tmp_path: Path) 
     process = started(recipe, out)
     until(lambda: len(records(out)) >= 2, process)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    assert process.wait(30) == -signal.SIGKILL
     before = records(out)
     assert 2 <= len(before) < 4 + 4 + 2
     assert all(json.loads(text)["status"] == "finished" for text in before.values())
@@ -140,8 +130,8 @@ def test_ctrl_c_finishes_the_run_in_hand_and_the_grid_goes_on(tmp_path: Path) ->
     process = started(recipe, out)
     until(lambda: len(records(out)) >= 1, process)
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130, stderr
+    assert process.wait(120) == 130, process.stderr
+    stderr = process.stderr
     assert "goes on" in stderr
     assert "Traceback" not in stderr
     assert "no record" not in stderr

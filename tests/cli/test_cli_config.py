@@ -6,7 +6,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli.cli_cases import TINY
+from cli.cli_cases import TINY, invoke
 from gradrank.cli import runfile, settings
 from gradrank.cli.options import DATA, MEASURING, METHOD, RUNNING, TRAINING, flags
 from gradrank.cli.verb import Verb
@@ -158,3 +158,22 @@ def test_keys_of_the_other_verb_are_told_but_no_mistake(run) -> None:
     assert "Did you mean 'gard'?" in result.stderr
     only_own = run("show", "x", "--config", "run.yaml")
     assert "unknown key 'lr'" in only_own.stderr
+
+
+def test_only_the_command_line_may_ask_for_code_to_run(tmp_path) -> None:
+    path = config(tmp_path, "trust_remote_code: true\n")
+    with pytest.raises(OptionError, match=r"(?s)a file may not ask.*add --trust-remote-code"):
+        collected("--config", path)
+    assert collected("--config", path, "--trust-remote-code").trust_remote_code
+    off = config(tmp_path, "trust_remote_code: false\n")
+    assert not collected("--config", off).trust_remote_code
+
+
+def test_a_resumed_run_does_not_run_code_by_itself(tmp_path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "plan.json").write_text("{}", encoding="utf-8")
+    (out / "config.yaml").write_text("model: m\ntask: t\ntrust_remote_code: true\n", "utf-8")
+    result = invoke("train", "--out", out, "--resume")
+    assert result.exit_code == 2
+    assert "a file may not ask for that" in result.stderr.replace("\n", " ")

@@ -1,10 +1,7 @@
 """``gradrank train --method gard-dynamic``: moves, records, resumes after SIGKILL."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +9,7 @@ from safetensors.torch import load_file
 
 from cli.cli_cases import TINY, invoke
 from gradrank.record import RunRecord
+from launching import COMMAND, start
 
 # Enough tokens for effective ranks that differ; the ranks move at most of the decisions.
 OPTIONS = ("interval=3", "window=6", "energy=0.5", "beta=0")
@@ -50,20 +48,13 @@ def ranks_of(record: RunRecord) -> dict[str, int]:
 def test_a_run_that_is_killed_resumes_to_the_same_adapter(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert invoke("train", *MOVING, "--out", whole).exit_code == 0
-    command = [sys.executable, "-c", "from gradrank.cli.main import main; main()", "train"]
-    process = subprocess.Popen(
-        [*command, *MOVING, "--checkpoint-every", "1", "--out", str(killed)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    options = map(str, (*MOVING, "--checkpoint-every", "1", "--out", killed))
+    process = start(COMMAND, "train", *options)
     reached = killed / "checkpoints" / "checkpoint-7" / "complete.json"
-    while not reached.exists() and process.poll() is None:
+    while not reached.exists() and process.code is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    message = process.communicate()[1]
-    assert process.returncode == -signal.SIGKILL, message
+    process.kill()
+    assert process.code == -signal.SIGKILL, process.stderr
     assert not (killed / "record.json").exists()
     result = invoke("train", "--out", killed, "--resume")
     assert result.exit_code == 0, result.stderr

@@ -1,10 +1,7 @@
 """``gradrank train`` with methods that prune: files, record, resume after SIGKILL, exports."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from safetensors.torch import load_file
 import gradrank as gr
 from cli.cli_cases import TINY, invoke
 from gradrank.record import RunRecord
+from launching import COMMAND, start
 
 SCHEDULE = ("interval=2", "warmup=1", "final=3")
 OPTIONS = {
@@ -106,20 +104,13 @@ def test_show_lists_its_ranks(trained: Path) -> None:
 @pytest.mark.parametrize("trained", ["igu"], indirect=True)
 def test_a_run_that_is_killed_resumes_to_the_same_adapter(trained: Path, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
-    command = [sys.executable, "-c", "from gradrank.cli.main import main; main()", "train"]
-    process = subprocess.Popen(
-        [*command, *run_of(trained.name), "--checkpoint-every", "1", "--out", str(killed)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    options = map(str, (*run_of(trained.name), "--checkpoint-every", "1", "--out", killed))
+    process = start(COMMAND, "train", *options)
     reached = killed / "checkpoints" / "checkpoint-4" / "complete.json"
-    while not reached.exists() and process.poll() is None:
+    while not reached.exists() and process.code is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    message = process.communicate()[1]
-    assert process.returncode == -signal.SIGKILL, message
+    process.kill()
+    assert process.code == -signal.SIGKILL, process.stderr
     assert not (killed / "record.json").exists()
     result = invoke("train", "--out", killed, "--resume")
     assert result.exit_code == 0, result.stderr

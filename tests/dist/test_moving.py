@@ -16,18 +16,25 @@ from safetensors.torch import load_file
 import gradrank as gr
 from cases import CASES, tiny_llama
 from dist.moving_worker import BUDGET, METHOD, STEPS, WORLD, adamw, adapter, batch, build
+from launching import run_ranks
 
 pytestmark = pytest.mark.dist
 
 TIMEOUT = 240
 PLAIN = ("ddp", "fsdp2", "accelerate")
 Found = tuple[dict[str, Any], dict[str, torch.Tensor]]
+WORKER = Path(__file__).with_name("moving_worker.py")
+
+
+def forked(folder: Path, *parts: str) -> Path:
+    """Run parts in two processes that pay no imports; ``launch`` is the real launcher."""
+    run_ranks(WORKER, str(folder), *parts, seconds=TIMEOUT, DS_ACCELERATOR="cpu")
+    return folder
 
 
 def launch(command: list[str], folder: Path, *parts: str) -> Path:
-    worker = str(Path(__file__).with_name("moving_worker.py"))
     done = subprocess.run(
-        [sys.executable, "-m", *command, worker, str(folder), *parts],
+        [sys.executable, "-m", *command, str(WORKER), str(folder), *parts],
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
@@ -38,8 +45,7 @@ def launch(command: list[str], folder: Path, *parts: str) -> Path:
     return folder
 
 
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-# Of its launchers this is the one that starts several processes without MPI; the worker itself
+# Of accelerate's launchers this is the one that starts several processes without MPI; the worker itself
 # says that it wants the CPU.
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -47,7 +53,7 @@ ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backe
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch(TORCHRUN, tmp_path_factory.mktemp("plain"), *PLAIN)
+    return forked(tmp_path_factory.mktemp("plain"), *PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch(TORCHRUN, tmp_path_factory.mktemp("sharded"), "sharded-trainer")
+    return forked(tmp_path_factory.mktemp("sharded"), "sharded-trainer")
 
 
 def found(folder: Path, part: str) -> list[Found]:

@@ -1,9 +1,6 @@
 """`pilora` in two gloo processes: they count and split as one, and train as one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,9 @@ from peft import PeftModel
 import gradrank as gr
 from cases import tiny_llama
 from dist.prune_worker import BUDGET, NEURONS, STEPS, WORLD, adamw, adapter, build
-from dist.test_pruning_processes import LAUNCH, TIMEOUT, Engine, alone, assert_equal, found
+from dist.test_pruning_processes import TIMEOUT, Engine, alone, assert_equal, found
 from gradrank.core.partition import NeuronPartition
+from launching import run_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -25,17 +23,9 @@ SPLIT = 5
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("split")
-    worker = str(Path(__file__).with_name("prune_worker.py"))
+    worker = Path(__file__).with_name("prune_worker.py")
     parts = ("trainer:pilora", *NEURONS, "refusals:pilora")
-    done = subprocess.run(
-        [sys.executable, "-m", *LAUNCH, worker, str(out), *parts],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(worker, str(out), *parts, seconds=TIMEOUT)
     return out
 
 

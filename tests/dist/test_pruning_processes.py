@@ -1,9 +1,6 @@
 """Methods that prune in two gloo processes: they decide as one, and train as one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from dist.prune_worker import (
     build,
     story,
 )
+from launching import run_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -35,25 +33,13 @@ DUE = [3, 5, 6]
 # Whose looks are the mean over all mini-batches; the others draw a point for each mini-batch.
 EXACT = ("adalora", "grid", "direction", "restart")
 Found = tuple[dict[str, Any], dict[str, torch.Tensor]]
-# Of accelerate's launchers this one starts several processes without MPI; the worker itself says
-# that it wants the CPU.
-LAUNCH = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pruned")
-    worker = str(Path(__file__).with_name("prune_worker.py"))
-    done = subprocess.run(
-        [sys.executable, "-m", *LAUNCH, worker, str(out), "trainer", *METHODS, "refusals"],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    worker = Path(__file__).with_name("prune_worker.py")
+    run_ranks(worker, str(out), "trainer", *METHODS, "refusals", seconds=TIMEOUT)
     return out
 
 

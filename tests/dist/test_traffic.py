@@ -1,15 +1,13 @@
 """Bytes that processes exchange: what a decision states is what crossed, and it is little."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dist.traffic_worker import METHODS, WINDOW
+from launching import run_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -19,17 +17,7 @@ TIMEOUT = 240
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("traffic")
-    worker = str(Path(__file__).with_name("traffic_worker.py"))
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, worker, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(Path(__file__).with_name("traffic_worker.py"), str(folder), seconds=TIMEOUT)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

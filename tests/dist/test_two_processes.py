@@ -1,8 +1,6 @@
 """Two gloo processes with N batches each equal one process with 2 N; errors reach both."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 import gradrank as gr
 from cases import CASES, batches
 from gradrank.signals.measurement import Measurement
+from launching import run_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -25,23 +24,7 @@ TIMEOUT = 120
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both processes found, per check: ``{"value": ...}`` or ``{"error": ...}``."""
     folder = tmp_path_factory.mktemp("two")
-    worker = str(Path(__file__).with_name("worker.py"))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker, str(rank), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"[rank {rank}] {output[-3000:]}"
+    run_ranks(Path(__file__).with_name("worker.py"), str(folder), seconds=TIMEOUT)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -141,7 +141,7 @@ CHECKS: tuple[Callable[[int], Any], ...] = (
 
 
 def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -1,13 +1,12 @@
 """Faults survived: what a user finds after a kill, a full disk, a crash, and what works then."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from launching import run
 
 PLAN_FILES = {"plan.json", "measurement.safetensors", "record.json", "report.html", "config.yaml"}
 KILLED = ("killed_plan", "killed_train", "killed_replacing", "killed_export")
@@ -19,14 +18,8 @@ OTHER = ("interrupted", "diverged", "clock", "two_at_once", "damaged")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return what gives a scenario's findings; all of them run once, in a process of their own."""
     folder = tmp_path_factory.mktemp("faults")
-    worker = str(Path(__file__).with_name("fault_worker.py"))
-    ended = subprocess.run(
-        [sys.executable, worker, str(folder), *KILLED, *SHORT_OF, *OTHER],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+    worker = Path(__file__).with_name("fault_worker.py")
+    ended = run(worker, str(folder), *KILLED, *SHORT_OF, *OTHER, seconds=800)
 
     def get(name: str) -> Any:
         result = folder / f"{name}.json"

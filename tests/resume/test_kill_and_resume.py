@@ -1,10 +1,7 @@
 """Killed at any step, or in the middle of writing a checkpoint, a run resumes bitwise."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launching import run
 from resume.kill_worker import POINTS
 
 TIMEOUT = 280
@@ -21,16 +19,8 @@ NAMES = [f"{point}-{step}" for point, steps in POINTS.items() for step in steps]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
     folder = tmp_path_factory.mktemp("kills")
-    worker = str(Path(__file__).with_name("kill_worker.py"))
-    done = subprocess.run(
-        [sys.executable, worker, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(Path(__file__).with_name("kill_worker.py"), str(folder), seconds=TIMEOUT)
+    assert done.code == 0, done.stderr[-3000:]
     return folder, json.loads((folder / "ends.json").read_text())
 
 

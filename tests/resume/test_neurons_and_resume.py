@@ -1,15 +1,13 @@
 """Killed in the first stage, at the split or in the second stage, a run resumes bitwise."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from launching import run
 from resume.prune_worker import NEURON_POINTS, STAGES, STEPS
 from resume.test_prune_and_resume import TIMEOUT, Runs, result
 
@@ -23,16 +21,8 @@ NAMES = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("splits")
-    worker = str(Path(__file__).with_name("prune_worker.py"))
-    done = subprocess.run(
-        [sys.executable, worker, str(folder), *NEURON_POINTS],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(Path(__file__).with_name("prune_worker.py"), str(folder), *NEURON_POINTS, seconds=TIMEOUT)
+    assert done.code == 0, done.stderr[-3000:]
     return folder, json.loads((folder / "ends.json").read_text())
 
 

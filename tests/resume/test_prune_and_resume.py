@@ -1,10 +1,7 @@
 """Killed before, between and after prunings, a run that prunes resumes bitwise."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launching import run
 from resume.prune_worker import DUE, POINTS, STEPS
 
 TIMEOUT = 280
@@ -26,16 +24,8 @@ Runs = tuple[Path, dict[str, list[int]]]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("prunings")
-    worker = str(Path(__file__).with_name("prune_worker.py"))
-    done = subprocess.run(
-        [sys.executable, worker, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(Path(__file__).with_name("prune_worker.py"), str(folder), seconds=TIMEOUT)
+    assert done.code == 0, done.stderr[-3000:]
     return folder, json.loads((folder / "ends.json").read_text())
 
 

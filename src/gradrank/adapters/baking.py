@@ -32,7 +32,7 @@ def install(linear: nn.Linear, form: Form) -> None:
     """
     parametrize.register_parametrization(linear, "weight", form)
     type(linear).weight = property(_read_weight, _write_weight)  # pyright: ignore[reportAttributeAccessIssue]
-    if hasattr(form, "product"):
+    if form.product is not None:
         type(linear).forward = _form_product  # pyright: ignore[reportAttributeAccessIssue]
     linear.register_state_dict_post_hook(_show_plain_weight)
     linear.register_load_state_dict_pre_hook(_take_plain_weight)

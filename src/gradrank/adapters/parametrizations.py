@@ -1,5 +1,6 @@
 """The parametrizations behind the forms: how a LoRA factor follows from its learned tensors."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,8 @@ class Form(nn.Module):
     """How one weight follows from its learned tensors; stateless except for small buffers."""
 
     kind: ClassVar[str]
+    product: Callable[..., Tensor] | None = None
+    """``product(x, bias, *originals)``, where that is faster than multiplying by the weight."""
 
     def compose(self, **learned: Tensor) -> Tensor:
         """Return the weight as the layer uses it.

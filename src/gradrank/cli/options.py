@@ -69,8 +69,14 @@ _FLAGS: dict[str, Callable[[], Flag]] = {
         help="Longest sequence; for --head lm the length of every block. Default: 256, or less if "
         "the model has fewer positions.",
     ),
-    "trust_remote_code": switch(
-        _D, "--trust-remote-code", "Run code that comes with a hub model. Off unless you ask."
+    "trust_remote_code": flag(
+        _D,
+        "--trust-remote-code",
+        is_flag=True,
+        default=False,
+        show_default=False,
+        callback=runfile.only_typed,
+        help="Run code that comes with a hub model. Off unless you ask, here and not in a file.",
     ),
     "method": flag(_M, "--method", metavar="NAME", default="gard", help="See 'gradrank methods'."),
     "option": flag(

@@ -46,6 +46,40 @@ def use_preset(context: click.Context, _parameter: click.Parameter, name: str | 
     return name
 
 
+def only_typed(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """Refuse what a file may not ask for, such as running code (a click callback).
+
+    Args:
+        context: Context of the verb.
+        parameter: The flag.
+        value: Its value.
+
+    Returns:
+        The value.
+
+    Raises:
+        OptionError: If it is on, and not the command line said so.
+    """
+    source = context.get_parameter_source(str(parameter.name))
+    if value and source is not click.core.ParameterSource.COMMANDLINE:
+        raise OptionError(untyped(key_of(parameter), "the configuration"))
+    return value
+
+
+def untyped(key: str, where: str) -> str:
+    """Return the message for a key that only the command line may set.
+
+    Args:
+        key: The key.
+        where: What asks for it.
+    """
+    flag = "--" + key.replace("_", "-")
+    return (
+        f"{where} has {key}: true, which runs code that comes with a model; a file may not ask for "
+        f"that. If you trust the model, add {flag} to the command; if not, take the key out."
+    )
+
+
 def set_defaults(context: click.Context, data: Mapping[str, Any], where: str) -> None:
     """Make values the defaults of the verb's flags.
 

@@ -114,6 +114,8 @@ def _saved(context: click.Context, chosen: Settings) -> Settings | None:
     own = {item.name for item in fields(Settings)}
     kept = {name: value for name, value in values.items() if name in own}
     saved = Settings(**{**kept, "options": options})
+    if saved.trust_remote_code and not chosen.trust_remote_code:
+        raise OptionError(runfile.untyped("trust_remote_code", f"the run in '{out}'"))
     settings.check(saved)
     given = settings.given(context)
     names = {"options" if name == "option" else name for name in given}
