@@ -220,7 +220,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 BENCH = Bench(
     "data",
     "Uniform LoRA through gradrank and through the Trainer alone; batches grouped by length.",
-    8,
+    15,
     run,
     flags,
     {

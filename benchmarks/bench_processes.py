@@ -86,7 +86,7 @@ def _measure(args: argparse.Namespace, signal: str, rank: int, processes: int) -
     assert found.batches == args.batches
     return {
         "seconds": seconds,
-        "bytes_exchanged": bytes_exchanged() - before,
+        "exchanged_bytes": bytes_exchanged() - before,
         "targets": len(found.targets),
     }
 
@@ -129,13 +129,13 @@ def _train(args: argparse.Namespace, name: str, rank: int, processes: int) -> Ro
     synchronise()
     found: Row = {
         "seconds": time.perf_counter() - started,
-        "gradient_bytes_per_step": gradients.bytes // args.steps,
+        "gradient_bytes": gradients.bytes // args.steps,
     }
     if controller is not None:
         controller.close()
         (decision,) = controller.run.decisions
         found["targets"] = len(controller.ranks)
-        found["bytes_exchanged"] = decision["bytes_exchanged"]
+        found["exchanged_bytes"] = decision["bytes_exchanged"]
     return found
 
 
@@ -191,8 +191,8 @@ def run(args: argparse.Namespace) -> Found:
             row = ratio_row(ratio(seconds[count], seconds[1]), sum(seconds[count]), against)
             row["seconds"] /= args.repeats
             facts = {k: v for k, v in found[0].items() if k != "seconds"}
-            if "bytes_exchanged" in facts:
-                facts["bytes_per_target"] = round(facts["bytes_exchanged"] / facts["targets"])
+            if "exchanged_bytes" in facts:
+                facts["target_bytes"] = round(facts["exchanged_bytes"] / facts["targets"])
             rows[f"{name}, {count} process{'es' if count > 1 else ''}"] = row | facts
     return Found(
         rows,
@@ -223,9 +223,9 @@ BENCH = Bench(
     columns=(
         "seconds",
         "ratio",
-        "bytes_exchanged",
-        "bytes_per_target",
-        "gradient_bytes_per_step",
+        "exchanged_bytes",
+        "target_bytes",
+        "gradient_bytes",
         "targets",
     ),
 )

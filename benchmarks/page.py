@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import SUITE
 from benchmarks.frame import RESULTS, ROOT, SCHEMA
 from benchmarks.pages import fill, markdown
 from matplotlib.axes import Axes
@@ -31,7 +30,10 @@ TITLES = {
     "dynamic": "Dynamic GARD, whole run",
     "igu": "IGU-LoRA, whole run",
     "pilora": "PiLoRA, per step",
+    "data": "Training through gradrank and through the Trainer alone",
+    "processes": "One process and two",
 }
+"""By benchmark; all that the page shows, in its order."""
 COLUMNS = (
     ("seconds", "seconds"),
     ("ratio", "ratio"),
@@ -47,6 +49,13 @@ COLUMNS = (
     ("greedy_seconds", "greedy, seconds"),
     ("greedy_over_exact_gain", "greedy's gain"),
     ("loads_torch", "loads torch"),
+    ("microseconds_per_token", "µs per token"),
+    ("ratio_per_token", "ratio per token"),
+    ("interval_per_token", "95 %"),
+    ("padding", "padding"),
+    ("exchanged_bytes", "exchanged"),
+    ("target_bytes", "per target"),
+    ("gradient_bytes", "DDP's gradients, per step"),
     ("note", ""),
 )
 _MET, _MISSED, _INK = "#0072B2", "#D55E00", "#333333"
@@ -67,23 +76,23 @@ def main() -> None:
         goals = f"![{drawn.title}: {drawn.headline}](figures/{args.figure.name})\n\n{goals}"
         goals = f"{goals}\n\n{drawn.caption}"
     fill(args.page, {"goals": goals, "rows": rows_tables(results)})
-    print(f"{len(results)} of {len(SUITE)} benchmarks written into {args.page.name}")
+    print(f"{len(results)} of {len(TITLES)} benchmarks written into {args.page.name}")
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """Read what the benchmarks of the suite wrote.
+    """Read what the benchmarks wrote.
 
     Args:
         folder: Where.
 
     Returns:
-        Results by name, in the suite's order; those that have not run are left out.
+        Results by name, in the page's order; those that have not run are left out.
 
     Raises:
         DataError: If a file is of another kind, or of ``--quick``.
     """
     found = {}
-    for name in SUITE:
+    for name in TITLES:
         path = folder / f"{name}.json"
         if not path.exists():
             continue
@@ -187,6 +196,8 @@ def shown(key: str, value: Any) -> str:
     if value is None:
         return ""
     if key.endswith("_bytes"):
+        if value < 2**10:
+            return f"{value} B"
         return f"{value / 2**20:,.1f} MiB" if value >= 2**20 else f"{value / 2**10:,.1f} KiB"
     if isinstance(value, list):
         return "{:.3f} to {:.3f}".format(*value)

@@ -21,7 +21,9 @@ NAMES = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("splits")
-    done = run(Path(__file__).with_name("prune_worker.py"), str(folder), *NEURON_POINTS, seconds=TIMEOUT)
+    done = run(
+        Path(__file__).with_name("prune_worker.py"), str(folder), *NEURON_POINTS, seconds=TIMEOUT
+    )
     assert done.code == 0, done.stderr[-3000:]
     return folder, json.loads((folder / "ends.json").read_text())
 
