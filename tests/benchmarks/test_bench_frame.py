@@ -112,7 +112,7 @@ def test_the_page_is_filled_from_files(tmp_path: Path, monkeypatch: pytest.Monke
     assert "| a step | ≤ 1.02 | **1.030** | 1.010 to 1.050 | missed, within the noise" in written
     assert "1 of 2 goals met](figures/figure.svg)" in written
     assert "3.0 MiB" in written
-    assert "0.5 KiB" in written
+    assert "512 B" in written
     assert "Other programs used 30%" in written
     assert "`peer` was left out: Not installed." in written
     assert "a start" in picture.read_text()

@@ -45,8 +45,8 @@ def launch(command: list[str], folder: Path, *parts: str) -> Path:
     return folder
 
 
-# Of accelerate's launchers this is the one that starts several processes without MPI; the worker itself
-# says that it wants the CPU.
+# Of accelerate's launchers this one starts several processes without MPI; the worker itself says
+# that it wants the CPU.
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
@@ -190,7 +190,7 @@ def test_checkpoints_hold_stock_adapters_of_the_ranks_in_use(trained: Path) -> N
 def test_zero2_moves_the_same_capacity(
     tmp_path_factory: pytest.TempPathFactory, alone: Found
 ) -> None:
-    folder = launch(TORCHRUN, tmp_path_factory.mktemp("zero2"), "zero2")
+    folder = forked(tmp_path_factory.mktemp("zero2"), "zero2")
     (facts, weights), (other_facts, other_weights) = found(folder, "zero2")
     assert facts == other_facts
     assert_equal(weights, other_weights)

@@ -5,6 +5,7 @@ order in both processes, whatever a check raises.
 """
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
