@@ -9,6 +9,7 @@ sys.path.insert(0, str(HERE.parent / "src"))
 
 import gradrank  # noqa: E402
 
+smartquotes = False  # "--help" must keep both hyphens
 project = "gradrank"
 author = "The gradrank authors"
 copyright = "The gradrank authors. Apache-2.0"
