@@ -6,7 +6,6 @@ fresh process would not have.
 """
 
 import gc
-import json
 import multiprocessing
 import os
 import runpy
@@ -64,7 +63,8 @@ class Started:
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], session: bool
     ) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="started-"))
+        self._folder = tempfile.TemporaryDirectory(prefix="started-")  # goes with this object
+        folder = Path(self._folder.name)
         self._said, self._errors = folder / "stdout", folder / "stderr"
         self._said.touch()
         self._errors.touch()
@@ -154,5 +154,5 @@ def run_ranks(
             one.kill()
     for rank, (one, code) in enumerate(zip(ranks, codes, strict=True)):
         assert not code, f"[process {rank}, exit code {code}] {one.stderr[-3000:]}"
-    assert codes == [0, 0], f"no end within {seconds} s: {json.dumps(codes)}"
+    assert codes == [0, 0], f"no end within {seconds} s: {codes}"
     return ranks
