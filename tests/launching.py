@@ -9,11 +9,13 @@ import gc
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -63,8 +65,8 @@ class Started:
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], session: bool
     ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="started-")  # goes with this object
-        folder = Path(self._folder.name)
+        folder = Path(tempfile.mkdtemp(prefix="started-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._said, self._errors = folder / "stdout", folder / "stderr"
         self._said.touch()
         self._errors.touch()
