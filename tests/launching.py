@@ -12,6 +12,7 @@ import runpy
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +36,10 @@ HEAVY = [
 CONTEXT.set_forkserver_preload(HEAVY)
 COMMAND = Path(__file__).with_name("command.py")
 """The command line: ``start(COMMAND, "plan", ...)``."""
+# Of accelerate's launchers this one starts several processes without MPI; what it starts says
+# itself that it wants the CPU.
+_ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+_ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 def _work(
@@ -112,8 +117,11 @@ def start(
     script: Path | str, *arguments: str, session: bool = False, **environment: str
 ) -> Started:
     """Start a script; ``session`` gives it a process group of its own."""
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    return Started([str(script), *arguments], settings, session)
+    return Started([str(script), *arguments], _settings(environment), session)
+
+
+def _settings(environment: Mapping[str, str]) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
 
 
 def run(script: Path | str, *arguments: str, seconds: float, **environment: str) -> Started:
@@ -158,3 +166,22 @@ def run_ranks(
         assert not code, f"[process {rank}, exit code {code}] {one.stderr[-3000:]}"
     assert codes == [0, 0], f"no end within {seconds} s: {codes}"
     return ranks
+
+
+def accelerate_launch(
+    script: Path | str, *arguments: str, seconds: float, **environment: str
+) -> str:
+    """Run a script in two processes that accelerate's real launcher starts; return what they say.
+
+    Nothing is forked here: the launcher and both processes are fresh. A failure fails the test.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", *_ACCELERATE, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=_settings(environment),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

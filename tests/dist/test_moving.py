@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from safetensors.torch import load_file
 import gradrank as gr
 from cases import CASES, tiny_llama
 from dist.moving_worker import BUDGET, METHOD, STEPS, WORLD, adamw, adapter, batch, build
-from launching import run_ranks
+from launching import accelerate_launch, run_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -27,28 +24,9 @@ WORKER = Path(__file__).with_name("moving_worker.py")
 
 
 def forked(folder: Path, *parts: str) -> Path:
-    """Run parts in two processes that pay no imports; ``launch`` is the real launcher."""
+    """Run parts in two processes that pay no imports."""
     run_ranks(WORKER, str(folder), *parts, seconds=TIMEOUT, DS_ACCELERATOR="cpu")
     return folder
-
-
-def launch(command: list[str], folder: Path, *parts: str) -> Path:
-    done = subprocess.run(
-        [sys.executable, "-m", *command, str(WORKER), str(folder), *parts],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
-# Of accelerate's launchers this one starts several processes without MPI; the worker itself says
-# that it wants the CPU.
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +36,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch(ACCELERATE, tmp_path_factory.mktemp("trained"), "trainer")
+    folder = tmp_path_factory.mktemp("trained")
+    accelerate_launch(WORKER, str(folder), "trainer", seconds=TIMEOUT, DS_ACCELERATOR="cpu")
+    return folder
 
 
 @pytest.fixture(scope="module")
