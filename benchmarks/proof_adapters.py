@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import gradrank as gr
 from gradrank.core.budget import Budget
 from gradrank.core.errors import PlanError
-from gradrank.core.plan import Plan, PlannedTarget
+from gradrank.core.plan import Plan
+from gradrank.core.planned import PlannedTarget
 from gradrank.serving.adapter import Adapter
 from gradrank.serving.engines.engine import Base, Engine
 from gradrank.serving.facts import describe

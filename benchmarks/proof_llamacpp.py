@@ -38,7 +38,8 @@ import gradrank as gr
 from gradrank.core.budget import Budget
 from gradrank.core.errors import GradrankError
 from gradrank.core.files import write_json
-from gradrank.core.plan import Plan, PlannedTarget
+from gradrank.core.plan import Plan
+from gradrank.core.planned import PlannedTarget
 from gradrank.lab.models import resolve_model
 from gradrank.serving.installing import load_adapter
 from gradrank.session import find_targets, model_facts

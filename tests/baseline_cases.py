@@ -10,7 +10,8 @@ from cases import CASES, batches
 from gradrank.allocation import uniform
 from gradrank.core.budget import Budget
 from gradrank.core.errors import BudgetError
-from gradrank.core.plan import Plan, PlannedTarget
+from gradrank.core.plan import Plan
+from gradrank.core.planned import PlannedTarget
 from gradrank.core.targets import Target, cost_of_rank_one
 from gradrank.lab.baselines.arm import Batch, Setting
 from gradrank.session import find_targets

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from gradrank.core.budget import Budget
-from gradrank.core.plan import Plan, PlannedTarget
+from gradrank.core.plan import Plan
+from gradrank.core.planned import PlannedTarget
 from gradrank.session import find_targets, model_facts
 
 VOCABULARY = 97

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gradrank.core.errors import TargetError as TargetError
     from gradrank.core.partition import NeuronPartition as NeuronPartition
     from gradrank.core.plan import Plan as Plan
-    from gradrank.core.plan import PlannedTarget as PlannedTarget
+    from gradrank.core.planned import PlannedTarget as PlannedTarget
     from gradrank.core.targets import Target as Target
     from gradrank.methods.adalora import AdaLora as AdaLora
     from gradrank.methods.course import DynamicMethod as DynamicMethod
@@ -87,7 +87,8 @@ _WHERE = {
         "TargetError",
     ),
     "gradrank.core.partition": ("NeuronPartition",),
-    "gradrank.core.plan": ("Plan", "PlannedTarget"),
+    "gradrank.core.plan": ("Plan",),
+    "gradrank.core.planned": ("PlannedTarget",),
     "gradrank.core.targets": ("Target",),
     "gradrank.methods.adalora": ("AdaLora",),
     "gradrank.methods.course": ("DynamicMethod",),

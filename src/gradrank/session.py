@@ -14,7 +14,8 @@ from gradrank.adapters.apply import apply_plan
 from gradrank.core.budget import Budget
 from gradrank.core.bytesize import parse_bytes
 from gradrank.core.errors import BudgetError, MeasurementError, OptionError, nearest
-from gradrank.core.plan import Plan, PlannedTarget
+from gradrank.core.plan import Plan
+from gradrank.core.planned import PlannedTarget
 from gradrank.core.targets import Target
 from gradrank.methods.method import Assessment, CapacityMethod, Method
 from gradrank.methods.registry import create

@@ -28,7 +28,7 @@ from gradrank.adapters.neurons import reserve_neurons
 from gradrank.adapters.reserve import refit
 from gradrank.core.errors import DataError, PlanError, SurgeryError
 from gradrank.core.partition import NeuronPartition
-from gradrank.core.plan import PlannedTarget
+from gradrank.core.planned import PlannedTarget
 
 LLAMA = CASES["llama"]
 Q = "model.layers.0.self_attn.q_proj"

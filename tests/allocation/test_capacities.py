@@ -11,7 +11,7 @@ from gradrank.allocation import Candidate, allocate_gains
 from gradrank.allocation.capacities import RowSplit, allocate_capacities, candidates
 from gradrank.core.errors import BudgetError, MeasurementError, OptionError
 from gradrank.core.partition import NeuronPartition
-from gradrank.core.plan import PlannedTarget
+from gradrank.core.planned import PlannedTarget
 from gradrank.core.targets import Target
 from oracles.allocation import best_choice, total_gain
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gradrank.core.budget import Budget
-from gradrank.core.plan import Plan, PlannedTarget
+from gradrank.core.plan import Plan
+from gradrank.core.planned import PlannedTarget
 from gradrank.core.targets import Target
 from gradrank.record import RunRecord
 from gradrank.report.notebook import MAX_ROWS

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
 import warnings
@@ -13,6 +12,7 @@ import click
 
 from gradrank.cli.exits import RunFailedError, explain_shortage
 from gradrank.core.errors import GradrankError
+from gradrank.lab.quiet import ignore_their_warnings, quieten_libraries
 from gradrank.record import finite
 
 Report = Callable[[int, int, str], None]
@@ -91,15 +91,14 @@ class Console:
         Raises:
             RunFailedError: If memory or disk ran out; it says what to lower.
         """
-        _quieten_libraries()
+        quieten_libraries()
         with contextlib.ExitStack() as stack:
             if self.as_json:
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             stack.enter_context(warnings.catch_warnings())
             for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
                 warnings.simplefilter("ignore", category)
-            for module in ("transformers", "peft", "datasets", "accelerate", "huggingface_hub"):
-                warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+            ignore_their_warnings()
             warnings.showwarning = self._show_warning
             try:
                 yield
@@ -182,14 +181,3 @@ def _lines(what: str, say: Callable[[str], None]) -> Report:
             say(f"{what}: {done}/{total} ({done / max(total, 1):.0%}{more}, {seconds:.0f} s)")
 
     return report
-
-
-def _quieten_libraries() -> None:
-    """Set what transformers and its friends read when they are imported, unless the user has."""
-    for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }.items():
-        os.environ.setdefault(name, value)

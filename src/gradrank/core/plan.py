@@ -1,7 +1,6 @@
 """Plans: the outcome of an allocation, as immutable data that people can read, edit and replay."""
 
 import importlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,63 +9,18 @@ from typing import Any
 from gradrank.core.budget import Budget
 from gradrank.core.errors import PlanError
 from gradrank.core.files import read_json, write_json
-from gradrank.core.partition import Capacity, NeuronPartition
-from gradrank.core.targets import Target, cost_of_rank_one
+from gradrank.core.notebooks import notebook_html
+from gradrank.core.partition import NeuronPartition
+from gradrank.core.planned import (
+    PlannedTarget,
+    check_rank,
+    target_from_dict,
+    target_to_dict,
+    whole,
+)
+from gradrank.core.targets import cost_of_rank_one
 
 SCHEMA = "gradrank.plan/1"
-_RESERVED = frozenset({"rank", "partition", "d_in", "d_out", "kind", "parameters", "score"})
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTarget:
-    """What one target gets.
-
-    Attributes:
-        target: The module.
-        rank: Its LoRA rank; 0 means that the target carries no adapter. Of a neuron partition
-            ``r + r'``, the rank of the stock LoRA that holds it.
-        score: The method's score, in the method's unit; None for methods without one.
-        details: Further columns of the method (effective rank, saturation, ...), plain data.
-        partition: How the output rows are split into two groups; None: they all have ``rank``.
-    """
-
-    target: Target
-    rank: int
-    score: float | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
-    partition: NeuronPartition | None = None
-
-    @classmethod
-    def of(
-        cls,
-        target: Target,
-        capacity: Capacity,
-        score: float | None = None,
-        details: Mapping[str, Any] | None = None,
-    ) -> "PlannedTarget":
-        """Return what a capacity makes of a target; a partition of one group is a plain rank.
-
-        Args:
-            target: The module.
-            capacity: A rank, or a neuron partition.
-            score: The method's score.
-            details: Further columns.
-
-        Returns:
-            The planned target.
-        """
-        known = dict(details or {})
-        if isinstance(capacity, int):
-            return cls(target, capacity, score, known)
-        split = capacity if capacity.is_split else None
-        return cls(target, capacity.lora_rank, score, known, split)
-
-    @property
-    def parameters(self) -> int:
-        """Trainable parameters, ``rank * (d_in + d_out)`` or those of the partition."""
-        if self.partition is not None:
-            return self.partition.parameters(self.target.d_in)
-        return self.rank * self.target.cost
 
 
 @dataclass(frozen=True)
@@ -97,7 +51,7 @@ class Plan:
         if len(set(names)) != len(names):
             raise PlanError("a plan names one target twice.")
         for planned in self.targets:
-            _check_rank(planned)
+            check_rank(planned)
         if self.parameters > self.budget_parameters:
             raise PlanError(
                 f"the plan spends {self.parameters:,} parameters, more than its budget of "
@@ -138,8 +92,8 @@ class Plan:
         """
         if self.budget.kind == "uniform":
             return int(self.budget.value)
-        whole = cost_of_rank_one([planned.target for planned in self.targets])
-        return max(1, round(self.budget_parameters / whole)) if whole else 1
+        rank_one = cost_of_rank_one([planned.target for planned in self.targets])
+        return max(1, round(self.budget_parameters / rank_one)) if rank_one else 1
 
     def diff(self, other: "Plan") -> dict[str, tuple[int, int]]:
         """Return the targets whose rank, or whose neuron partition, differs.
@@ -190,7 +144,7 @@ class Plan:
                 "parameters": self.budget_parameters,
             },
             "parameters": self.parameters,
-            "targets": {p.target.name: _target_to_dict(p) for p in self.targets},
+            "targets": {p.target.name: target_to_dict(p) for p in self.targets},
             "reliability": dict(self.reliability) if self.reliability is not None else None,
             "provenance": dict(self.provenance),
         }
@@ -220,8 +174,8 @@ class Plan:
                 method=str(method["name"]),
                 options=dict(method.get("options", {})),
                 budget=_budget_from_dict(budget),
-                budget_parameters=_whole(budget["parameters"], "budget.parameters"),
-                targets=tuple(_target_from_dict(n, t) for n, t in data["targets"].items()),
+                budget_parameters=whole(budget["parameters"], "budget.parameters"),
+                targets=tuple(target_from_dict(n, t) for n, t in data["targets"].items()),
                 reliability=_object_or_none(data.get("reliability"), "reliability"),
                 provenance=dict(data.get("provenance") or {}),
             )
@@ -270,72 +224,7 @@ class Plan:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return importlib.import_module("gradrank.report.notebook").plan_html(self)
-
-
-def _check_rank(planned: PlannedTarget) -> None:
-    name, rank = planned.target.name, planned.rank
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-        raise PlanError(f"target '{name}' has rank {rank!r}; a rank is a whole number, 0 or more.")
-    if planned.partition is not None:
-        _check_partition(planned, planned.partition)
-    elif rank > planned.target.max_rank:
-        raise PlanError(
-            f"target '{name}' has rank {rank}, above min(d_in, d_out) = "
-            f"{planned.target.max_rank}; more adds parameters but no directions."
-        )
-
-
-def _check_partition(planned: PlannedTarget, partition: NeuronPartition) -> None:
-    target = planned.target
-    if partition.d_out != target.d_out or not partition.is_split:
-        raise PlanError(
-            f"target '{target.name}' has {target.d_out} output rows, and its partition splits "
-            f"{partition.dominant_rows} of {partition.d_out} off. A partition has as many rows as "
-            "the target and two groups; otherwise give a rank alone."
-        )
-    if planned.rank != partition.lora_rank:
-        raise PlanError(
-            f"target '{target.name}' has rank {planned.rank}, but its partition needs "
-            f"{partition.lora_rank} (r = {partition.rank}, r' = {partition.supplementary_rank})."
-        )
-    if max(partition.rank, partition.supplementary_rank) > target.max_rank:
-        raise PlanError(
-            f"target '{target.name}' has a partition with ranks {partition.rank} and "
-            f"{partition.supplementary_rank}, above min(d_in, d_out) = {target.max_rank}; more "
-            "adds parameters but no directions."
-        )
-
-
-def _target_to_dict(planned: PlannedTarget) -> dict[str, Any]:
-    split = {"partition": planned.partition.to_dict()} if planned.partition is not None else {}
-    return {
-        "rank": planned.rank,
-        **split,
-        "d_in": planned.target.d_in,
-        "d_out": planned.target.d_out,
-        "kind": planned.target.kind,
-        "parameters": planned.parameters,
-        "score": planned.score,
-        **{key: value for key, value in planned.details.items() if key not in _RESERVED},
-    }
-
-
-def _target_from_dict(name: str, data: Mapping[str, Any]) -> PlannedTarget:
-    d_in = _whole(data["d_in"], f"targets.{name}.d_in")
-    d_out = _whole(data["d_out"], f"targets.{name}.d_out")
-    if d_in < 1 or d_out < 1:
-        raise PlanError(f"target '{name}' has the impossible shape {d_out} x {d_in}.")
-    score, split = data.get("score"), data.get("partition")
-    if score is not None and (isinstance(score, bool) or not math.isfinite(float(score))):
-        raise PlanError(f"target '{name}' has the score {score!r}, which is no finite number.")
-    return PlannedTarget(
-        target=Target(str(name), d_in, d_out, str(data.get("kind", "linear"))),
-        rank=_whole(data["rank"], f"targets.{name}.rank"),
-        score=None if score is None else float(score),
-        details={key: value for key, value in data.items() if key not in _RESERVED},
-        partition=None if split is None else NeuronPartition.from_dict(split),
-    )
+        return notebook_html("plan_html", self)
 
 
 def _budget_from_dict(data: Mapping[str, Any]) -> Budget:
@@ -353,10 +242,4 @@ def _budget_from_dict(data: Mapping[str, Any]) -> Budget:
 def _object_or_none(value: Any, what: str) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise PlanError(f"{what} is a {type(value).__name__}; it must be an object or null.")
-    return value
-
-
-def _whole(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise PlanError(f"{what} is {value!r}; it must be a whole number.")
     return value

@@ -1,9 +1,10 @@
 """What a comparison found, as immutable data: what the report draws and the tables print."""
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from gradrank.core.notebooks import notebook_html
 
 Verdict = Literal["better", "worse", "no evidence", "not tested"]
 
@@ -304,5 +305,4 @@ class Comparison:
         )
 
     def _repr_html_(self) -> str:
-        notebook = importlib.import_module("gradrank.report.notebook")  # draws; floors above
-        return notebook.comparison_html(self)
+        return notebook_html("comparison_html", self)

@@ -4,7 +4,6 @@ A record is plain data, so that reports can be drawn years later without torch. 
 whole or not at all; a record without ``status: finished`` is never taken for a finished run.
 """
 
-import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 from gradrank.core.errors import DataError
 from gradrank.core.files import read_json, write_json
+from gradrank.core.notebooks import notebook_html
 from gradrank.record.checks import is_count, is_curve, is_number, shown
 from gradrank.record.decisions import decision_fault
 from gradrank.record.neurons import neurons_fault
@@ -138,8 +138,7 @@ class RunRecord:
         return f"RunRecord({self.name}: {self.kind}, {self.status}{metrics})"
 
     def _repr_html_(self) -> str:
-        notebook = importlib.import_module("gradrank.report.notebook")  # draws; floors above
-        return notebook.record_html(self)
+        return notebook_html("record_html", self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data; NaN and infinity become None (JSON has neither)."""

@@ -1,6 +1,5 @@
 """Measurements: what the hooks gathered, per target, with where it came from."""
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from gradrank.core.errors import MeasurementError
 from gradrank.core.files import write_atomic
+from gradrank.core.notebooks import notebook_html
 from gradrank.core.targets import Target
 from gradrank.core.text import parse_json
 from gradrank.ops.sketch import seed_of
@@ -233,8 +233,7 @@ class Measurement:
         return f"Measurement({signals} of {len(self.targets)} targets in {self.batches} batches)"
 
     def _repr_html_(self) -> str:
-        notebook = importlib.import_module("gradrank.report.notebook")  # draws; floors above
-        return notebook.measurement_html(self.targets, self.summary())
+        return notebook_html("measurement_html", self.targets, self.summary())
 
     @classmethod
     def _from_parts(cls, header: Any, tensors: dict[str, Tensor]) -> "Measurement":

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gradrank.core.budget import Budget
 from gradrank.core.errors import BudgetError, MeasurementError
-from gradrank.core.plan import Plan, PlannedTarget
+from gradrank.core.plan import Plan
+from gradrank.core.planned import PlannedTarget
 from gradrank.core.targets import Target, cost_of_rank_one
 from gradrank.lab.baselines.arm import Batch, Built, Setting
 from gradrank.lab.baselines.eva_inputs import InputRows, explained

@@ -10,7 +10,8 @@ import torch
 
 from gradrank.core.budget import Budget
 from gradrank.core.errors import BudgetError, OptionError
-from gradrank.core.plan import Plan, PlannedTarget
+from gradrank.core.plan import Plan
+from gradrank.core.planned import PlannedTarget
 from gradrank.core.targets import Target
 from gradrank.lab.arms import head_modules, head_options, shared_scale
 from gradrank.lab.baselines.arm import Batch, Setting

@@ -3,7 +3,6 @@
 import gc
 import time
 import traceback
-import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from gradrank.lab.compare.bench import Bench
 from gradrank.lab.compare.carry import blank, carry_out
 from gradrank.lab.compare.grid import GridRun
 from gradrank.lab.compare.store import Store
+from gradrank.lab.quiet import ignore_their_warnings, quieten_libraries
 from gradrank.lab.recipes import Recipe, read
 from gradrank.record import RunRecord
 
@@ -36,8 +36,8 @@ def main(pipe: Connection, folder: Path, threads: int, data_dir: str | None) -> 
     """
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
-    for library in ("transformers", "peft", "accelerate", "datasets"):
-        warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
+    quieten_libraries()
+    ignore_their_warnings()
     store = Store(folder)
     recipe = read(folder / "recipe.yaml")
     bench = Bench(store.cache, data_dir)
