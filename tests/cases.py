@@ -45,13 +45,11 @@ def tiny_llama(layers: int = 2, **extra: Any) -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
             num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=64,
-            **extra,
+            **{"hidden_size": 32, "intermediate_size": 48, **extra},
         )
     )
 

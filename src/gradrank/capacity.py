@@ -23,6 +23,7 @@ from gradrank.methods.course import (
     DynamicMethod,
     NeuronCourse,
 )
+from gradrank.ops.four_bit import keep_quantised_layout
 from gradrank.ops.sketch import seed_of
 from gradrank.ready import check_ready, check_surplus
 from gradrank.record import finite
@@ -66,7 +67,8 @@ class CapacityRun:
         """Check that everything the run will need can be done; change nothing.
 
         Args:
-            model: The PEFT model, as it is trained.
+            model: The PEFT model, as it is trained. Its 4-bit layers are kept trainable through
+                (:mod:`gradrank.ops.four_bit`).
             optimizer: Its optimizer.
             method: The dynamic method.
             budget: Budget in parameters.
@@ -94,6 +96,7 @@ class CapacityRun:
         if not resuming:
             one = sum(target.cost for target in targets)
             check_surplus(self.course, method.name, self.start_parameters, self.budget, one)
+        keep_quantised_layout(model)
         self._watch: Watch = watch_for(
             self.course, model, optimizer, targets, self._adapter, seed, loss_function
         )

@@ -23,6 +23,7 @@ from adapters.forms_cases import (
 )
 from cases import tiny_llama
 from gradrank.adapters import forms
+from gradrank.ops.four_bit import keep_quantised_layout
 
 KIND = pytest.mark.parametrize("kind", KINDS)
 
@@ -170,6 +171,7 @@ def test_quantised_bases_behave_as_with_plain_weights(kind: str, bits: int) -> N
     def base() -> nn.Module:
         model = quantise(tiny_llama(), bits)
         setattr(model, f"is_loaded_in_{bits}bit", True)
+        keep_quantised_layout(model)
         return model
 
     model = formed(kind, base(), target_modules=["q_proj", "down_proj"])

@@ -47,11 +47,13 @@ def test_permuting_components_leaves_the_logits(case: Case) -> None:
         with torch.no_grad():
             site.raw("A").copy_(site.raw("A")[order])
             site.raw("B").copy_(site.raw("B")[:, order])
-    assert distance(logits(model, case), before) < 1e-6
+    # A sum in another order: a few units in the last place of the largest logit.
+    rounding = 8 * torch.finfo(before.dtype).eps * float(before.abs().max())
+    assert distance(logits(model, case), before) < rounding
     with torch.no_grad():
         for site in sites(model).values():  # a broken twin: one factor alone
             site.raw("A").copy_(site.raw("A").flip(0))
-    assert distance(logits(model, case), before) > 1e-6
+    assert distance(logits(model, case), before) > 10 * rounding
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -24,6 +24,7 @@ from adapters.surgery_cases import (
 )
 from cases import CASES, batches, tiny_llama
 from gradrank.adapters.reserve import reserve_ranks
+from gradrank.ops.four_bit import keep_quantised_layout
 
 LLAMA = CASES["llama"]
 BATCH = batches(LLAMA, 1)[0]
@@ -104,6 +105,7 @@ def quantised(bnb: Any, bits: int) -> nn.Module:
                 packed.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False)
             setattr(parent, name, packed.to("cpu"))
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits == 4, bits == 8
+    keep_quantised_layout(model)
     return model
 
 

@@ -15,6 +15,7 @@ from gradrank.adapters.forms import attach_partition
 from gradrank.adapters.view import lora_sites
 from gradrank.core.errors import OptionError, PlanError, TargetError
 from gradrank.core.plan import Plan
+from gradrank.ops.four_bit import keep_quantised_layout
 from gradrank.signals.layers import find_sites
 
 _ZERO_B = (True, "gaussian")
@@ -33,7 +34,8 @@ def apply_plan(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: 
         **options: Further options of :func:`gradrank.adapters.config.lora_config`.
 
     Returns:
-        The PEFT model, whose adapter has exactly ``plan.parameters`` parameters.
+        The PEFT model, whose adapter has exactly ``plan.parameters`` parameters. 4-bit layers of
+        bitsandbytes in it are kept trainable through (:mod:`gradrank.ops.four_bit`).
 
     Raises:
         PlanError: If the model lacks a target, has it in another shape, or already carries an
@@ -61,6 +63,7 @@ def apply_plan(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: 
             wrong = sorted(set(built.items()) ^ set(expected.items()))[:4]
             raise PlanError(f"PEFT built other ranks than the plan: {wrong}.")
         _split_rows(plan, wrapped)
+        keep_quantised_layout(wrapped)
     return wrapped
 
 

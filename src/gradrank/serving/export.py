@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradrank.core.errors import OptionError, PlanError, nearest
 from gradrank.core.folders import new_folder
+from gradrank.ops.four_bit import quantised_layout
 from gradrank.serving.adapter import Adapter
 from gradrank.serving.check import Reference, check_inputs, largest_error, logits, reference
 from gradrank.serving.compression import Losses, compress, truncate
@@ -116,12 +117,13 @@ def export(
     assert isinstance(model, PeftModel)
     device = next(model.parameters()).device
     batch = {k: v.to(device) for k, v in (inputs or check_inputs(model)).items()}
-    wanted = reference(model, batch)
-    trained = taken(model)
-    job = _Job(model, trained, batch, wanted)
-    if budget is not None or rank is not None:
-        job = job.smaller(budget, rank)
-    with new_folder(Path(out), overwrite) as folder:
+    with quantised_layout(model):
+        wanted = reference(model, batch)
+        trained = taken(model)
+        job = _Job(model, trained, batch, wanted)
+        if budget is not None or rank is not None:
+            job = job.smaller(budget, rank)
+    with new_folder(Path(out), overwrite) as folder, quantised_layout(model):
         if target == MERGED:
             done = job.merged(folder, dtype, requantise)
         else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradrank.core.errors import OptionError, PlanError
+from gradrank.ops.four_bit import keep_quantised_layout
 from gradrank.serving.adapter import Adapter
 from gradrank.serving.check import logits
 from gradrank.serving.installing import beside
@@ -72,6 +73,7 @@ def write_merged(
         else:
             _write_stock(model, adapter, folder, getattr(torch, dtype) if dtype else None)
         again = _read_back(inner, folder).to(next(iter(batch.values())).device)
+    keep_quantised_layout(again)
     rounding = _rounding(inner, again, adapter, requantise)
     found = logits(again, _cast(batch, again))
     merged = Merged(found, wanted, rounding, _dtype(again, adapter), requantise)

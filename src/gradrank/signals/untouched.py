@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gradrank.ops.four_bit import quantised_layout
+
 _SETTINGS = ("use_cache", "problem_type")
 
 
@@ -15,10 +17,10 @@ _SETTINGS = ("use_cache", "problem_type")
 def untouched(model: nn.Module, seed: int) -> Iterator[None]:
     """Freeze and quieten a model inside the block; restore everything after it.
 
-    Inside: no parameter requires a gradient, dropout is off, the generation cache is off, and the
-    random state is seeded. After it, also on an exception or Ctrl-C: ``requires_grad``, every
-    module's training flag, the configuration and the random states are as before. ``.grad``
-    fields are never touched.
+    Inside: no parameter requires a gradient, dropout is off, the generation cache is off, 4-bit
+    weights keep the layout of their quantisation, and the random state is seeded. After it, also
+    on an exception or Ctrl-C: ``requires_grad``, every module's training flag, the configuration
+    and the random states are as before. ``.grad`` fields are never touched.
 
     Gradient checkpointing works only in training mode, so modules that checkpoint keep their own
     training flag on, and nothing below them does; drop-out rates of their own are zero inside.
@@ -30,7 +32,13 @@ def untouched(model: nn.Module, seed: int) -> Iterator[None]:
     Yields:
         None.
     """
-    guards = (_seeded(model, seed), _configured(model), _frozen(model), _quiet(model))
+    guards = (
+        _seeded(model, seed),
+        _configured(model),
+        _frozen(model),
+        _quiet(model),
+        quantised_layout(model),
+    )
     with contextlib.ExitStack() as stack:
         for guard in guards:
             stack.enter_context(guard)
