@@ -4,19 +4,23 @@ Usage: python -m benchmarks.findings [--page docs/findings.md]
 
 Every pair of lines ``<!-- table FOLDER METRIC [REFERENCE] -->`` and ``<!-- end -->`` in the page
 gets what the finished runs in ``results/compare/FOLDER`` say; METRIC ``own`` is each task's own.
-Nothing is trained.
+``<!-- overview FOLDER ... -->`` gets one line per task and budget of these grids: how many arms
+were compared, and which of them differ from the reference with evidence. Nothing is trained.
 """
 
 import argparse
+import functools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from gradrank.core.files import write_text
-from gradrank.evidence.findings import Cell, Contrast
+from gradrank.evidence.findings import Cell, Comparison, Contrast
 from gradrank.lab.compare.run import open_grid
 
 ROOT = Path(__file__).parents[1]
 _MARK = re.compile(r"(<!-- table (\S+) (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+_OVERVIEW = re.compile(r"(<!-- overview ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -25,13 +29,51 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "findings.md")
     page = parser.parse_args().page
     text = page.read_text(encoding="utf-8")
-    filled = _MARK.sub(lambda m: f"{m[1]}\n{tables(m[2], m[3], m[4])}\n{m[5]}", text)
-    write_text(page, filled)
+    write_text(page, filled(text))
     print(f"{len(_MARK.findall(text))} tables written into {page.name}")
 
 
-def tables(folder: str, metric: str, reference: str | None) -> str:
-    """Return one table per task and budget.
+def filled(text: str) -> str:
+    """Return a page with its marks filled.
+
+    Args:
+        text: The page.
+    """
+    text = _OVERVIEW.sub(lambda m: f"{m[1]}\n{overview(m[2].split())}\n\n{m[3]}", text)
+    return _MARK.sub(lambda m: f"{m[1]}\n{tables(m[2], m[3], m[4])}\n{m[5]}", text)
+
+
+def overview(folders: Iterable[str]) -> str:
+    """Return one line per grid, task and budget: what differs from the reference.
+
+    Args:
+        folders: Names of grids under ``results/compare``.
+    """
+    lines = [
+        "| grid | task | budget | reference | other arms | better | worse | better by the loss | "
+        "worse by the loss |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for folder in folders:
+        own, loss = compared(folder, "own", None), compared(folder, "eval_loss", None)
+        for task, budget in dict.fromkeys((c.task, c.budget) for c in own.contrasts):
+            here = [c for c in own.contrasts if (c.task, c.budget) == (task, budget)]
+            there = [c for c in loss.contrasts if (c.task, c.budget) == (task, budget)]
+            lines.append(
+                f"| {folder} | {task} | {budget} | {own.reference} | {len(here)} | "
+                f"{_named(here, 'better')} | {_named(here, 'worse')} | "
+                f"{_named(there, 'better')} | {_named(there, 'worse')} |"
+            )
+    return "\n".join(lines)
+
+
+def _named(contrasts: Iterable[Contrast], verdict: str) -> str:
+    return ", ".join(c.method for c in contrasts if c.verdict == verdict) or "none"
+
+
+@functools.lru_cache(maxsize=32)
+def compared(folder: str, metric: str, reference: str | None) -> Comparison:
+    """Return what a grid's finished runs are evidence of.
 
     Args:
         folder: Name of a grid under ``results/compare``.
@@ -43,14 +85,25 @@ def tables(folder: str, metric: str, reference: str | None) -> str:
     grid.metric = None if metric == "own" else metric
     if reference:
         grid.take_reference(reference)
-    found, _ = grid.comparison()
+    return grid.comparison()[0]
+
+
+def tables(folder: str, metric: str, reference: str | None) -> str:
+    """Return one table per task and budget.
+
+    Args:
+        folder: Name of a grid under ``results/compare``.
+        metric: A metric, or ``own``.
+        reference: Another line to compare with than the recipe's.
+    """
+    found = compared(folder, metric, reference)
     known = {(c.task, c.budget, c.method): c for c in found.contrasts}
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in found.cells:
         if cell.mean is not None:
             groups.setdefault((cell.task, cell.budget), []).append(cell)
     return "\n".join(
-        _table(task, budget, cells, known, grid.metric, found.reference)
+        _table(task, budget, cells, known, metric, found.reference)
         for (task, budget), cells in groups.items()
     )
 
@@ -60,12 +113,13 @@ def _table(
     budget: str,
     cells: list[Cell],
     known: dict[tuple[str, str, str], Contrast],
-    metric: str | None,
+    metric: str,
     reference: str | None,
 ) -> str:
     lower = metric == "eval_loss" or task in {"wikitext2", "movie-review-lm"}
     ordered = sorted(cells, key=lambda cell: cell.mean or 0.0, reverse=not lower)
-    named = metric or ("perplexity" if task == "wikitext2" else "accuracy")
+    own = "perplexity" if task == "wikitext2" else "accuracy"
+    named = own if metric == "own" else metric
     lines = [
         f"**{task}, budget {budget}** ({named}; {'lower' if lower else 'higher'} is better)",
         "",
