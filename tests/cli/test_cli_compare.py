@@ -149,7 +149,10 @@ def test_a_failed_run_is_kept_shown_and_tried_again_when_asked(tmp_path: Path) -
     recipe = written(tmp_path, methods=["uniform", "bitfit"], **changes)
     out = tmp_path / "grid"
     result = invoke(str(recipe), "--out", str(out), "--json")
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == 1, result.stderr
+    assert "failed runs: 1" in result.stderr
+    again = invoke(str(recipe), "--out", str(out), "--json")
+    assert again.exit_code == 0, again.stderr  # nothing was to do, and nothing failed
     (failed,) = json.loads(result.stdout)["failed"]
     assert "bitfit" in failed
     assert "bitfit" in (out / "report.html").read_text(encoding="utf-8")
@@ -214,6 +217,26 @@ def test_missing_data_says_where_it_was_looked_for(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
     assert "--data-dir" in result.stderr
     assert "sst2" in result.stderr
+
+
+def test_a_missing_model_is_one_error_and_not_one_per_run(tmp_path: Path) -> None:
+    run = {**RECIPE["run"], "model": str(tmp_path / "nowhere")}
+    result = invoke(str(written(tmp_path, run=run)), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert result.stderr.count("does not exist") == 1
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
+def test_a_model_that_cannot_be_unpacked_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADRANK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("gradrank.lab.download.importlib.util.find_spec", lambda _name: None)
+    run = {**RECIPE["run"], "model": "dinov2-small-focus"}
+    result = invoke(str(written(tmp_path, run=run)), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "needs the package 'onnx'" in result.stderr
+    assert not list((tmp_path / "out").rglob("*.json"))
 
 
 def test_a_dry_run_prints_the_grid_and_runs_nothing(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 from gradrank.cli.console import Console
+from gradrank.cli.exits import RunFailedError
 from gradrank.cli.settings import needed
 from gradrank.core.errors import DataError
 from gradrank.evidence.comparison import Comparison
@@ -58,6 +59,7 @@ def run(asked: Asked, console: Console) -> None:
     Raises:
         KeyboardInterrupt: If the user stopped the grid.
         DataError: If there is no finished run to report.
+        RunFailedError: After the report, if runs of this call failed.
     """
     out = needed(asked.out)
     with console.working():
@@ -98,6 +100,11 @@ def run(asked: Asked, console: Console) -> None:
     if grid.stopped:
         raise KeyboardInterrupt(
             f"interrupted after {finished} of {len(planned)} runs. The same command goes on."
+        )
+    if grid.failures:
+        raise RunFailedError(
+            f"failed runs: {len(grid.failures)}. The lines above and the report say why. Their "
+            "records are kept and not repeated, unless you give --retry-failed."
         )
 
 

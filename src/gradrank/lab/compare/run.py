@@ -17,9 +17,11 @@ from gradrank.evidence.metrics import METRICS
 from gradrank.lab.compare.bench import Bench
 from gradrank.lab.compare.grid import GridRun, final_runs, stability_runs, tuning_runs
 from gradrank.lab.compare.pool import Event, Pool
+from gradrank.lab.compare.process import main
 from gradrank.lab.compare.store import Found, Store
 from gradrank.lab.compare.tuning import chosen_rates
-from gradrank.lab.compare.worker import failed, main
+from gradrank.lab.compare.worker import failed
+from gradrank.lab.locate import locate
 from gradrank.lab.recipes import Recipe, read
 from gradrank.record import RunRecord
 
@@ -39,6 +41,7 @@ class Grid:
         say: Receives one line per finished run.
         metric: Metric to report instead of each task's own.
         stopped: Set it to end after the runs that are being carried out.
+        failures: Runs that failed since the grid was taken up, by their names.
     """
 
     recipe: Recipe
@@ -49,15 +52,17 @@ class Grid:
     say: Say = lambda _line: None
     metric: str | None = None
     stopped: bool = False
+    failures: list[str] = field(default_factory=list)
     _pool: Pool | None = field(default=None, repr=False)
 
     def work(self) -> None:
         """Run what is missing: rates first, then the reported runs, then other calibrations.
 
         Raises:
+            DataError: If a model or data is missing.
             OutputError: If another process works on the same grid.
         """
-        self._check_data()
+        self._check_inputs()
         with alone(self.store.folder):
             self._work()
 
@@ -152,12 +157,16 @@ class Grid:
         records = found.records
         return [r for r in runs if r.id not in records or records[r.id].status not in kept]
 
-    def _check_data(self) -> None:
-        """Read every task's data once: what is missing is told now, and not by each run."""
+    def _check_inputs(self) -> None:
+        """Find each model, and read each task's data: what is missing is told now, by one error."""
+        models = set()
         for task in self.recipe.tasks:
             bench = Bench(self.store.cache, self.data_dir)
             for config in {self.recipe.config(task, variant) for variant in self.recipe.variants}:
+                models.add(config.model)
                 bench.examples(config, "validation" if config.validation else "test")
+        for model in sorted(models):
+            locate(model, self.say)
 
     def _phase(self, runs: list[GridRun]) -> None:
         missing = self.missing(runs)
@@ -171,15 +180,21 @@ class Grid:
                 self.store.save(run, failed(run, self.recipe, str(event.detail)))
             if event.kind in {"done", "died"}:
                 done += 1
+                if (record := self._record(run)) is None or record.status != "finished":
+                    self.failures.append(run.id)
                 left = (time.monotonic() - started) / done * (len(missing) - done)
-                self.say(f"{phase} {done}/{len(missing)}  {self._told(run)}  {_span(left)} left")
+                self.say(
+                    f"{phase} {done}/{len(missing)}  {self._told(run, record)}  {_span(left)} left"
+                )
 
     def _events(self, missing: list[GridRun]) -> Iterator[Event]:
         assert self._pool is not None
         yield from self._pool.run([run.to_dict() for run in missing])
 
-    def _told(self, run: GridRun) -> str:
-        record = self.store.read([run]).records.get(run.id)
+    def _record(self, run: GridRun) -> RunRecord | None:
+        return self.store.read([run]).records.get(run.id)
+
+    def _told(self, run: GridRun, record: RunRecord | None) -> str:
         name = f"{run.task} · {run.label} · {run.budget} · seed {run.seed}"
         if record is None or record.comparison is None:
             return f"{name}: no record"

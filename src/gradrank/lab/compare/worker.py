@@ -14,7 +14,7 @@ from gradrank.lab.compare.bench import Bench
 from gradrank.lab.compare.carry import blank, carry_out
 from gradrank.lab.compare.grid import GridRun
 from gradrank.lab.compare.store import Store
-from gradrank.lab.quiet import ignore_their_warnings, quieten_libraries
+from gradrank.lab.quiet import ignore_their_warnings
 from gradrank.lab.recipes import Recipe, read
 from gradrank.record import RunRecord
 
@@ -36,7 +36,6 @@ def main(pipe: Connection, folder: Path, threads: int, data_dir: str | None) -> 
     """
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
-    quieten_libraries()
     ignore_their_warnings()
     store = Store(folder)
     recipe = read(folder / "recipe.yaml")
