@@ -42,7 +42,8 @@ from benchmarks import peers
 from gradrank.lab.data import DataSpec, read_examples
 from gradrank.lab.encode import load_task_data
 from gradrank.lab.models import resolve_model
-from gradrank.session import allocate, find_targets, measure
+from gradrank.session import allocate, measure
+from gradrank.signals.facts import find_targets
 
 Decide = Callable[[argparse.Namespace, Any, list[Batch], Path], Row]
 

@@ -36,7 +36,7 @@ from peft import get_peft_model
 import gradrank as gr
 from gradrank.lab.adalora import adalora_config
 from gradrank.lab.adalora_run import AdaLoraDriver
-from gradrank.session import find_targets
+from gradrank.signals.facts import find_targets
 
 SCALING = 2.0  # that of setting.lora
 OURS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -26,7 +26,7 @@ from gradrank.serving.engines.engine import Base, Engine
 from gradrank.serving.facts import describe
 from gradrank.serving.installing import taken
 from gradrank.serving.padding import padded
-from gradrank.session import find_targets, model_facts
+from gradrank.signals.facts import find_targets, model_facts
 
 # A short vocabulary: no adapter here touches it.
 SHAPES = {

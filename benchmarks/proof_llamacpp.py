@@ -42,7 +42,7 @@ from gradrank.core.plan import Plan
 from gradrank.core.planned import PlannedTarget
 from gradrank.lab.models import resolve_model
 from gradrank.serving.installing import load_adapter
-from gradrank.session import find_targets, model_facts
+from gradrank.signals.facts import find_targets, model_facts
 
 TEXT = "The film begins slowly, and then its second half turns into something rare: a comedy that"
 RANKS = (4, 0, 1, 8, 2, 3, 16)

@@ -28,7 +28,8 @@ from gradrank.lab.memory import PeakMemory
 from gradrank.lab.models import HEADS
 from gradrank.lab.sized import Inquiry
 from gradrank.lab.sizing import recompute, size_up
-from gradrank.session import allocate, apply, find_targets, measure
+from gradrank.session import allocate, apply, measure
+from gradrank.signals.facts import find_targets
 from gradrank.signals.measure import MeanGradient, Spectrum
 
 SIGNALS = (Spectrum(), MeanGradient())

@@ -14,7 +14,7 @@ from gradrank.core.plan import Plan
 from gradrank.core.planned import PlannedTarget
 from gradrank.core.targets import Target, cost_of_rank_one
 from gradrank.lab.baselines.arm import Batch, Setting
-from gradrank.session import find_targets
+from gradrank.signals.facts import find_targets
 
 SCALE, STEPS = 1.7, 20
 HEADS = {"bert": ("classifier",), "vit": ("classifier",)}

@@ -27,7 +27,7 @@ from transformers import (
 from gradrank.core.budget import Budget
 from gradrank.core.plan import Plan
 from gradrank.core.planned import PlannedTarget
-from gradrank.session import find_targets, model_facts
+from gradrank.signals.facts import find_targets, model_facts
 
 VOCABULARY = 97
 

@@ -10,7 +10,8 @@ from torch import nn
 
 import gradrank as gr
 from cases import CASES, batches, tiny_gpt2, tiny_llama
-from gradrank.session import base_parameters, find_targets, model_facts
+from gradrank.signals.facts import find_targets, model_facts
+from gradrank.signals.layers import base_parameters
 
 LLAMA = CASES["llama"]
 DATA = batches(LLAMA, 4)

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from gradrank.core.targets import Target
-from gradrank.session import base_parameters, find_targets
+from gradrank.signals.facts import find_targets
+from gradrank.signals.layers import base_parameters
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,8 @@ from gradrank.ops.four_bit import keep_quantised_layout
 from gradrank.ops.sketch import seed_of
 from gradrank.ready import check_ready, check_surplus
 from gradrank.record import finite
-from gradrank.session import base_parameters
 from gradrank.signals.distributed import bytes_exchanged, is_distributed
-from gradrank.signals.layers import unwrapped
+from gradrank.signals.layers import base_parameters, unwrapped
 from gradrank.signals.replay import LossFunction
 from gradrank.signals.spectrum import under
 from gradrank.watch.choose import watch_for

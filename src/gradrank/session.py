@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from gradrank.adapters.apply import apply_plan
 from gradrank.core.budget import Budget
 from gradrank.core.bytesize import parse_bytes
-from gradrank.core.errors import BudgetError, MeasurementError, OptionError, nearest
+from gradrank.core.errors import BudgetError, MeasurementError, OptionError
 from gradrank.core.plan import Plan
 from gradrank.core.planned import PlannedTarget
 from gradrank.core.targets import Target
@@ -22,17 +21,17 @@ from gradrank.methods.registry import create
 from gradrank.reliability import split_half
 from gradrank.serving.export import ExportReport, export
 from gradrank.signals.distributed import all_or_none, is_distributed, merge_across_processes
+from gradrank.signals.facts import find_targets, model_facts, model_name
 from gradrank.signals.layers import ALL_LINEAR, ambiguous_suffixes, base_parameters, find_sites
 from gradrank.signals.measure import (
-    SIGNALS,
     LossFunction,
-    MeanGradient,
     Progress,
     Signal,
     run,
     scheme_for,
 )
 from gradrank.signals.measurement import Measurement
+from gradrank.signals.requests import asked_for
 from gradrank.signals.scheme import Scheme, agreed
 
 __all__ = ["ExportReport", "allocate", "apply", "export", "measure", "plan"]
@@ -91,7 +90,7 @@ def measure(
         raise OptionError(
             f"num_batches={num_batches} and accumulate={accumulate} must be at least 1."
         )
-    signals = _signals(signal)
+    signals = asked_for(signal)
     sites = find_sites(model, targets)
     found = [site.target for site in sites]
     cap = None if max_memory is None else parse_bytes(max_memory)
@@ -236,72 +235,6 @@ def apply(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: Any) 
         OptionError: If an option would contradict the plan, or the policy is unknown.
     """
     return apply_plan(plan, model, lora_alpha, **options)
-
-
-def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> tuple[Target, ...]:
-    """Return the targets of a model without measuring anything.
-
-    Args:
-        model: The model.
-        targets: ``"all-linear"`` or names of modules.
-
-    Returns:
-        The targets, in model order.
-    """
-    return tuple(site.target for site in find_sites(model, targets))
-
-
-def model_facts(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> dict[str, Any]:
-    """Return the facts about a model that a plan keeps when nothing was measured.
-
-    Args:
-        model: The model.
-        targets: ``"all-linear"`` or names of modules.
-
-    Returns:
-        Model class and name, its parameters, and whether target names are ambiguous suffixes.
-    """
-    return {
-        "model": type(model).__name__,
-        "model_name": model_name(model),
-        "base_parameters": base_parameters(model),
-        "ambiguous_suffixes": ambiguous_suffixes(model, find_targets(model, targets)),
-    }
-
-
-def model_name(model: nn.Module) -> str | None:
-    """Return the name that a model was loaded by; of a folder only its last part.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The name, or None if the model does not know it. Plans are shared, so no path of this
-        machine goes into them.
-    """
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    return (Path(name).name if Path(name).is_dir() else name) or None
-
-
-def _signals(signal: "str | Signal | Sequence[str | Signal]") -> tuple[Signal, ...]:
-    asked = [signal] if isinstance(signal, str) or not isinstance(signal, Sequence) else signal
-    unknown = [item for item in asked if isinstance(item, str) and item not in SIGNALS]
-    if unknown:
-        raise OptionError(f"signal '{unknown[0]}' is unknown. {nearest(unknown[0], SIGNALS)}")
-    requests = [SIGNALS[item]() if isinstance(item, str) else item for item in asked]
-    plain = [item for item in requests if isinstance(item, MeanGradient) and not item.rows]
-    found: list[Signal] = []
-    for item in requests:
-        # What waterfill and hybrid ask for together is one request.
-        with_rows = dataclasses.replace(item, rows=True) if item in plain else None
-        if with_rows in requests:
-            continue
-        if type(item) in {type(other) for other in found}:
-            raise OptionError(f"signal {item!r} is asked for twice.")
-        found.append(item)
-    if not found:
-        raise OptionError(f"no signal was asked for. Known: {', '.join(SIGNALS)}.")
-    return tuple(found)
 
 
 def _take(batches: Iterable[Any], num_batches: int, accumulate: int, seed: int) -> list[list[Any]]:

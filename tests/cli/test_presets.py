@@ -27,7 +27,7 @@ from gradrank.core.plan import Plan
 from gradrank.lab.tiny import TINY_MODELS
 from gradrank.methods.registry import create
 from gradrank.presets import presets
-from gradrank.session import find_targets
+from gradrank.signals.facts import find_targets
 
 PRESETS = presets()
 LLAMA2, COLA = "pilora-commonsense-llama2-7b", "pilora-glue-cola"

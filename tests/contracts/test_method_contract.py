@@ -16,7 +16,7 @@ from gradrank.methods import registry
 from gradrank.methods.course import DynamicMethod
 from gradrank.methods.method import Method, build, describe_options
 from gradrank.methods.pruning import PruningOptions
-from gradrank.session import find_targets, model_facts
+from gradrank.signals.facts import find_targets, model_facts
 from gradrank.signals.measurement import Measurement
 
 NAMES = list(gr.METHODS)

@@ -14,7 +14,7 @@ from examples.example_cases import (
     write_sentences,
 )
 from gradrank.core.targets import cost_of_rank_one
-from gradrank.session import find_targets
+from gradrank.signals.facts import find_targets
 from launching import accelerate_launch
 
 

@@ -23,7 +23,7 @@ from examples.example_cases import (
     write_sentences,
 )
 from gradrank.core.targets import cost_of_rank_one
-from gradrank.session import find_targets
+from gradrank.signals.facts import find_targets
 
 pytestmark = [
     # What a user sees on a machine without a GPU, once.

@@ -10,7 +10,7 @@ import gradrank as gr
 from cases import CASES, batches
 from gradrank.core.budget import Budget
 from gradrank.lab.baselines.arm import Setting
-from gradrank.session import find_targets
+from gradrank.signals.facts import find_targets
 
 SCALING, STEPS, RANK = 1.7, 12, 3
 

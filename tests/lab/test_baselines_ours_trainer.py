@@ -15,7 +15,7 @@ from gradrank.lab.encode import load_task_data
 from gradrank.lab.evaluate import evaluate
 from gradrank.lab.models import resolve_model
 from gradrank.lab.train import TrainSettings, train
-from gradrank.session import find_targets
+from gradrank.signals.facts import find_targets
 from lab.baselines_ours_cases import same_weights
 
 SETTINGS = TrainSettings(steps=6, batch_size=4, lr=1e-2, eval_every=2, save_every=2)

@@ -22,7 +22,7 @@ from gradrank.lab.baselines.eva_inputs import InputRows, explained, joined
 from gradrank.lab.baselines.lora_ga import first_factors
 from gradrank.lab.baselines.registry import create_baseline
 from gradrank.lab.baselines.shared_peft import lora_layers
-from gradrank.session import find_targets
+from gradrank.signals.facts import find_targets
 from oracles.baselines import (
     best_directions,
     gradient_start,

@@ -21,7 +21,9 @@ from gradrank.lab.data import DataSpec, read_examples
 from gradrank.lab.models import resolve_model
 from gradrank.lab.recipes import read
 from gradrank.lab.tiny import TINY_MODELS
-from gradrank.session import allocate, base_parameters, find_targets
+from gradrank.session import allocate
+from gradrank.signals.facts import find_targets
+from gradrank.signals.layers import base_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

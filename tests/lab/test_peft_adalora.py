@@ -18,7 +18,7 @@ from gradrank.lab.adalora import adalora_config, adalora_use, choose_target_rank
 from gradrank.lab.adalora_run import AdaLoraCallback, AdaLoraDriver
 from gradrank.lab.settings import TrainSettings
 from gradrank.lab.train import train
-from gradrank.session import find_targets
+from gradrank.signals.facts import find_targets
 
 INITIAL, TARGET, STEPS, SCALING = 6, 2, 10, 1.7
 SCHEDULE: dict[str, Any] = {

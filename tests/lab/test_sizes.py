@@ -20,8 +20,9 @@ from gradrank.lab.shapes import Ledger, fake_batch, make_fake, one_pass, weights
 from gradrank.lab.sized import Inquiry
 from gradrank.lab.sizes import Weight
 from gradrank.lab.sizing import recompute, size_up
-from gradrank.session import allocate, apply, find_targets, measure
+from gradrank.session import allocate, apply, measure
 from gradrank.signals.blocks import checkpointed
+from gradrank.signals.facts import find_targets
 from gradrank.signals.held import dense_blocks, mean_gradient_bytes
 from gradrank.signals.layers import find_sites
 from gradrank.signals.mean_gradient import MeanGradientProbe

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import gradrank as gr
 from cases import CASES
-from gradrank.session import find_targets
+from gradrank.signals.facts import find_targets
 
 BLOCKS = 5
 

@@ -29,7 +29,7 @@ from gradrank.serving.engines.llamacpp import FILE, LlamaCpp, one_alpha
 from gradrank.serving.facts import describe
 from gradrank.serving.gguf_names import FAMILIES, interleaved
 from gradrank.serving.installing import taken
-from gradrank.session import find_targets
+from gradrank.signals.facts import find_targets
 from oracles.gguf_rotation import rotation
 
 ENGINE = LlamaCpp()

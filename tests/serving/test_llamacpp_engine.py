@@ -17,7 +17,7 @@ from gradrank.serving.engines.llamacpp import FILE, LlamaCpp
 from gradrank.serving.gguf_file import placed, write_gguf
 from gradrank.serving.gguf_names import FAMILIES
 from gradrank.serving.installing import taken
-from gradrank.session import find_targets
+from gradrank.signals.facts import find_targets
 
 xllamacpp = pytest.importorskip("xllamacpp")
 

@@ -15,7 +15,9 @@ from gradrank.lab.measured import measured_signals, narrow
 from gradrank.lab.memory import PeakMemory
 from gradrank.methods.method import Assessment
 from gradrank.methods.registry import create
-from gradrank.session import allocate, base_parameters, find_targets, measure, model_facts
+from gradrank.session import allocate, measure
+from gradrank.signals.facts import find_targets, model_facts
+from gradrank.signals.layers import base_parameters
 from gradrank.signals.measure import Signal
 from gradrank.signals.measurement import Measurement
 

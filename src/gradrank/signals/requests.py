@@ -1,6 +1,7 @@
 """What can be asked for: the signals of a measurement, with their options."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gradrank.core.errors import OptionError, nearest
@@ -51,3 +52,35 @@ class MeanGradient:
 
 Signal = Spectrum | MeanGradient
 SIGNALS: dict[str, Callable[[], Signal]] = {"spectrum": Spectrum, "mean-gradient": MeanGradient}
+
+
+def asked_for(signal: "str | Signal | Sequence[str | Signal]") -> tuple[Signal, ...]:
+    """Return the requests that a caller means, each kind once.
+
+    Args:
+        signal: A signal or its name, or several of these.
+
+    Returns:
+        The requests; one for a mean gradient with rows serves one without.
+
+    Raises:
+        OptionError: If a name is unknown, a kind is asked for twice, or there is none.
+    """
+    asked = [signal] if isinstance(signal, str) or not isinstance(signal, Sequence) else signal
+    unknown = [item for item in asked if isinstance(item, str) and item not in SIGNALS]
+    if unknown:
+        raise OptionError(f"signal '{unknown[0]}' is unknown. {nearest(unknown[0], SIGNALS)}")
+    requests = [SIGNALS[item]() if isinstance(item, str) else item for item in asked]
+    plain = [item for item in requests if isinstance(item, MeanGradient) and not item.rows]
+    found: list[Signal] = []
+    for item in requests:
+        # What waterfill and hybrid ask for together is one request.
+        with_rows = dataclasses.replace(item, rows=True) if item in plain else None
+        if with_rows in requests:
+            continue
+        if type(item) in {type(other) for other in found}:
+            raise OptionError(f"signal {item!r} is asked for twice.")
+        found.append(item)
+    if not found:
+        raise OptionError(f"no signal was asked for. Known: {', '.join(SIGNALS)}.")
+    return tuple(found)

@@ -28,7 +28,9 @@ from gradrank.lab.recipes import Recipe
 from gradrank.lab.train import TrainOutcome, train
 from gradrank.methods.registry import METHODS, create
 from gradrank.record import RunRecord
-from gradrank.session import allocate, apply, base_parameters, find_targets, model_facts
+from gradrank.session import allocate, apply
+from gradrank.signals.facts import find_targets, model_facts
+from gradrank.signals.layers import base_parameters
 
 Progress = Callable[[int, int, float, float], None]
 _HEADLESS = {"lm", "instruct"}

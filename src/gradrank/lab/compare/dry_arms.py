@@ -20,7 +20,9 @@ from gradrank.lab.compare.dry_models import empty_model, outline, quietly
 from gradrank.lab.models import model_head
 from gradrank.methods.method import Assessment, CapacityMethod
 from gradrank.methods.registry import create
-from gradrank.session import allocate, base_parameters, model_facts
+from gradrank.session import allocate
+from gradrank.signals.facts import model_facts
+from gradrank.signals.layers import base_parameters
 
 # As many directions as methods that price directions resolve by default.
 _DIRECTIONS = 40

@@ -31,7 +31,8 @@ from gradrank.lab.arms import head_modules
 from gradrank.lab.locate import known_models
 from gradrank.lab.models import HEADS, check_head, model_head, position_limit
 from gradrank.lab.tiny import TINY_MODELS
-from gradrank.session import base_parameters, find_targets
+from gradrank.signals.facts import find_targets
+from gradrank.signals.layers import base_parameters
 
 
 def _llama(**sizes: Any) -> PreTrainedConfig:
