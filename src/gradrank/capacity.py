@@ -29,8 +29,8 @@ from gradrank.ready import check_ready, check_surplus
 from gradrank.record import finite
 from gradrank.signals.distributed import bytes_exchanged, is_distributed
 from gradrank.signals.layers import base_parameters, unwrapped
+from gradrank.signals.parts import under
 from gradrank.signals.replay import LossFunction
-from gradrank.signals.spectrum import under
 from gradrank.watch.choose import watch_for
 from gradrank.watch.protocol import Watch
 

@@ -21,7 +21,7 @@ from gradrank.ops.sketch import (
     seed_of,
     singular_values_from_sketches,
 )
-from gradrank.signals.spectrum import refuse_non_finite
+from gradrank.signals.parts import refuse_non_finite
 
 WHOLE, EVEN, ODD = "whole", "even", "odd"
 _ROWS = "rows-"

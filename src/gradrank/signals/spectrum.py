@@ -1,6 +1,6 @@
 """The spectrum signal: Gram matrices of mini-batch gradients, one per target (GARD)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from gradrank.ops.spectrum import (
     fractional_rank,
     gram_matrix,
 )
+from gradrank.signals.parts import refuse_non_finite, to_host, under
 from gradrank.signals.rows import RowStore
 
 # A two-sided sketch of k x k numbers is folded once more to this width before it is stored: 4 KB
@@ -283,60 +284,3 @@ class DenseProbe:
         for name in list(self._rows):
             gram[name] = gram_matrix(torch.stack(self._rows.pop(name)))
         return SpectrumStatistic(gram)
-
-
-def refuse_non_finite(tensors: dict[str, Tensor], batch: int) -> None:
-    """Raise if any tensor holds NaN or infinity.
-
-    Args:
-        tensors: Gradients or sketches per target.
-        batch: Index of the batch.
-
-    Raises:
-        MeasurementError: Naming the batch and the first targets concerned.
-    """
-    if not tensors:
-        return
-    first = next(iter(tensors.values())).device
-    sums = [tensor.sum(dtype=torch.float64).to(first) for tensor in tensors.values()]
-    finite = torch.isfinite(torch.stack(sums)).tolist()
-    if all(finite):
-        return
-    bad = [name for name, ok in zip(tensors, finite, strict=True) if not ok]
-    shown = ", ".join(f"'{name}'" for name in bad[:3]) + (" and others" if len(bad) > 3 else "")
-    raise MeasurementError(
-        f"the gradient of {shown} is NaN or infinite in batch {batch} ({len(bad)} of "
-        f"{len(tensors)} targets). Look at that batch, or measure in float32 or bfloat16."
-    )
-
-
-def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Move vectors to the CPU, equal lengths together: a copy per length, not one per target.
-
-    Args:
-        tensors: Vectors by name, ``[D]`` each.
-
-    Returns:
-        The same vectors on the CPU.
-    """
-    groups: dict[tuple[torch.device, torch.Size], list[str]] = {}
-    for name, tensor in tensors.items():
-        groups.setdefault((tensor.device, tensor.shape), []).append(name)
-    moved: dict[str, Tensor] = {}
-    for names in groups.values():
-        stacked = torch.stack([tensors[name] for name in names]).cpu()
-        moved |= dict(zip(names, stacked.unbind(), strict=True))
-    return moved
-
-
-def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose keys begin with a prefix, without it.
-
-    Args:
-        tensors: Tensors by key.
-        prefix: The prefix.
-
-    Returns:
-        Tensors by the rest of their keys.
-    """
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

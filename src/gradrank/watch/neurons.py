@@ -15,7 +15,7 @@ from gradrank.core.targets import Target
 from gradrank.methods.course import Decision, NeuronCourse
 from gradrank.ops.neurons import gradient_map, neuron_importance
 from gradrank.signals.distributed import of_first_process
-from gradrank.signals.spectrum import under
+from gradrank.signals.parts import under
 from gradrank.signals.unclipped import UnclippedGradients
 
 MAPS, CELLS = 8, (64, 48)

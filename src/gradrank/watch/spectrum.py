@@ -10,7 +10,7 @@ from gradrank.core.targets import Target
 from gradrank.methods.course import Decision, SpectrumCourse
 from gradrank.signals.distributed import of_first_process
 from gradrank.signals.layers import find_sites
-from gradrank.signals.spectrum import under
+from gradrank.signals.parts import under
 from gradrank.signals.window import Window
 
 
