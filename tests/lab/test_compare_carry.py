@@ -10,7 +10,8 @@ import yaml
 from gradrank.lab.compare.bench import Bench, warm_head
 from gradrank.lab.compare.carry import carry_out
 from gradrank.lab.compare.grid import GridRun, final_runs, stability_runs, tuning_runs
-from gradrank.lab.recipes import Recipe, read
+from gradrank.lab.compare.recipe import Recipe
+from gradrank.lab.recipes import read
 from gradrank.record import RunRecord
 
 RUN = {

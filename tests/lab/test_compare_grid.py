@@ -10,9 +10,10 @@ import yaml
 from gradrank.core.errors import DataError, GradrankError
 from gradrank.lab.compare.config import RunConfig, run_config
 from gradrank.lab.compare.grid import GridRun, final_runs, stability_runs, tuning_runs
+from gradrank.lab.compare.recipe import Recipe
 from gradrank.lab.compare.store import Found, Store
 from gradrank.lab.compare.tuning import chosen_rates
-from gradrank.lab.recipes import Recipe, read
+from gradrank.lab.recipes import read
 from gradrank.record import RunRecord
 
 WHOLE = {

@@ -10,7 +10,8 @@ from gradrank.core.budget import Budget
 from gradrank.core.errors import DataError, GradrankError
 from gradrank.core.targets import Target
 from gradrank.lab.compare.grid import cells, final_runs, stability_runs, tuning_runs
-from gradrank.lab.recipes import Recipe, read
+from gradrank.lab.compare.recipe import Recipe
+from gradrank.lab.recipes import read
 from gradrank.lab.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]

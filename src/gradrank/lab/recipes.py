@@ -4,15 +4,14 @@ A recipe is data and nothing in it is executed. Everything that can be checked w
 checked when it is read, so that a mistake in its last line costs no night of training.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gradrank.core.budget import Budget
 from gradrank.core.errors import DataError, OptionError, nearest
 from gradrank.lab.baselines.registry import create_baseline, find_baseline, is_baseline
-from gradrank.lab.compare.config import RunConfig, flattened, run_config
+from gradrank.lab.compare.recipe import Recipe, TaskEntry, Variant
 from gradrank.lab.epochs import options_in_steps
 from gradrank.methods.registry import METHODS, create
 from gradrank.presets.strict import read_yaml
@@ -22,118 +21,6 @@ SCHEMA = "gradrank.recipe/1"
 _NEEDED = {"schema", "name", "about", "source", "run", "budgets", "seeds", "methods"}
 _KEYS = _NEEDED | {"tasks", "learning_rates", "tuning_seeds", "calibration_seeds", "reference"}
 _METHOD_KEYS = {"label", "method", "option", "run", "budgets", "learning_rates"}
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One line of a comparison.
-
-    Attributes:
-        label: What it is called in tables; unique in the recipe.
-        method: Name of a method or a baseline.
-        options: Its options.
-        run: Settings in which its runs differ from the others'.
-        budgets: Budgets it is run at; empty: all of the recipe.
-        rates: Learning rates to search, as many as everybody's; empty: those of the recipe.
-    """
-
-    label: str
-    method: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    run: Mapping[str, Any] = field(default_factory=dict)
-    budgets: tuple[str, ...] = ()
-    rates: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class TaskEntry:
-    """One task of a comparison.
-
-    Attributes:
-        label: What it is called in tables; unique in the recipe.
-        run: Settings in which its runs differ from the others'.
-        budgets: Its budgets; empty: those of the recipe.
-        rates: Its learning rates to search; empty: those of the recipe.
-    """
-
-    label: str
-    run: Mapping[str, Any] = field(default_factory=dict)
-    budgets: tuple[str, ...] = ()
-    rates: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """A comparison.
-
-    Attributes:
-        name: Short name, a file name without its ending.
-        about: What it asks, in a sentence.
-        source: Paper and table or figure.
-        run: What all runs have in common.
-        tasks: The tasks.
-        budgets: Budgets.
-        seeds: Seeds.
-        variants: Methods, baselines and options.
-        rates: Learning rates to search on the validation split; empty: none is searched.
-        tuning_seeds: Seeds of the search, which are none of ``seeds``.
-        calibration_seeds: Seeds of further calibrations, for the stability of allocations.
-        reference: Label of the line that the others are compared with.
-    """
-
-    name: str
-    about: str
-    source: str
-    run: Mapping[str, Any]
-    tasks: tuple[TaskEntry, ...]
-    budgets: tuple[str, ...]
-    seeds: tuple[int, ...]
-    variants: tuple[Variant, ...]
-    rates: tuple[float, ...] = ()
-    tuning_seeds: tuple[int, ...] = ()
-    calibration_seeds: tuple[int, ...] = ()
-    reference: str = "uniform"
-
-    def config(self, task: TaskEntry, variant: Variant) -> RunConfig:
-        """Return the settings of a task's runs with one method.
-
-        Args:
-            task: The task.
-            variant: The method.
-        """
-        where = f"recipe '{self.name}', task '{task.label}', method '{variant.label}'"
-        layers = (flattened(part, where) for part in (self.run, task.run, variant.run))
-        return run_config(_stacked(layers), where)
-
-    def budgets_of(self, task: TaskEntry, variant: Variant) -> tuple[str, ...]:
-        """Return the budgets at which a method runs on a task.
-
-        Args:
-            task: The task.
-            variant: The method.
-        """
-        own = task.budgets or self.budgets
-        return tuple(b for b in own if b in variant.budgets) if variant.budgets else own
-
-    def rates_of(self, task: TaskEntry, variant: Variant) -> tuple[float, ...]:
-        """Return the learning rates that are searched for a method on a task.
-
-        Args:
-            task: The task.
-            variant: The method.
-        """
-        return variant.rates or task.rates or self.rates
-
-
-def _stacked(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        # A length in steps replaces one in epochs that stands below it, and the reverse.
-        for one, other in (("steps", "epochs"), ("epochs", "steps"), ("task", "data")):
-            if one in layer:
-                merged.pop(other, None)
-        merged |= layer
-    return merged
 
 
 def read(path: Path) -> Recipe:

@@ -20,11 +20,11 @@ from gradrank.lab.baselines.arm import Built, Setting
 from gradrank.lab.baselines.registry import create_baseline, is_baseline
 from gradrank.lab.compare.bench import Bench, Loaded
 from gradrank.lab.compare.grid import STABILITY, TUNE, GridRun
+from gradrank.lab.compare.recipe import Recipe
 from gradrank.lab.encode import size_of
 from gradrank.lab.environment import environment
 from gradrank.lab.epochs import options_in_steps
 from gradrank.lab.measured import narrow
-from gradrank.lab.recipes import Recipe
 from gradrank.lab.train import TrainOutcome, train
 from gradrank.methods.registry import METHODS, create
 from gradrank.record import RunRecord

@@ -20,8 +20,9 @@ from gradrank.lab.compare.dry_models import Outline, outline
 from gradrank.lab.compare.dry_tasks import Length, TaskOutline, length, task_outline
 from gradrank.lab.compare.dry_text import recipe_lines
 from gradrank.lab.compare.grid import FINAL, STABILITY, TUNE, cells
+from gradrank.lab.compare.recipe import Recipe, TaskEntry, Variant
 from gradrank.lab.epochs import options_in_steps
-from gradrank.lab.recipes import Recipe, TaskEntry, Variant, read
+from gradrank.lab.recipes import read
 
 # Stands in for a training set of unknown size, where a length in epochs is only to be legal.
 _UNKNOWN_SIZE = 100_000

@@ -8,8 +8,9 @@ from typing import Any
 
 from gradrank.lab.baselines.registry import is_baseline
 from gradrank.lab.compare.config import RunConfig
+from gradrank.lab.compare.recipe import Recipe, TaskEntry, Variant
 from gradrank.lab.epochs import options_in_steps
-from gradrank.lab.recipes import Recipe, TaskEntry, Variant, file_name
+from gradrank.lab.recipes import file_name
 from gradrank.methods.registry import create
 
 TUNE, FINAL, STABILITY = "tune", "final", "stability"

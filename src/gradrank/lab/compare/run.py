@@ -18,11 +18,12 @@ from gradrank.lab.compare.bench import Bench
 from gradrank.lab.compare.grid import GridRun, final_runs, stability_runs, tuning_runs
 from gradrank.lab.compare.pool import Event, Pool
 from gradrank.lab.compare.process import main
+from gradrank.lab.compare.recipe import Recipe
 from gradrank.lab.compare.store import Found, Store
 from gradrank.lab.compare.tuning import chosen_rates
 from gradrank.lab.compare.worker import failed
 from gradrank.lab.locate import locate
-from gradrank.lab.recipes import Recipe, read
+from gradrank.lab.recipes import read
 from gradrank.record import RunRecord
 
 Say = Callable[[str], None]

@@ -13,9 +13,10 @@ from transformers.utils import logging
 from gradrank.lab.compare.bench import Bench
 from gradrank.lab.compare.carry import blank, carry_out
 from gradrank.lab.compare.grid import GridRun
+from gradrank.lab.compare.recipe import Recipe
 from gradrank.lab.compare.store import Store
 from gradrank.lab.quiet import ignore_their_warnings
-from gradrank.lab.recipes import Recipe, read
+from gradrank.lab.recipes import read
 from gradrank.record import RunRecord
 
 _EVERY = 0.5  # seconds between two lines of progress
