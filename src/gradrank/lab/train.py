@@ -11,6 +11,7 @@ from transformers import PrinterCallback
 
 from gradrank.adapters import apply as adapters
 from gradrank.core.errors import GradrankError, OptionError
+from gradrank.core.shortage import is_out_of_memory
 from gradrank.lab.checkpoints import check_same_adapter, last_complete, read_state
 from gradrank.lab.encode import TaskData, size_of
 from gradrank.lab.evaluate import Evaluation, evaluate, without_cache
@@ -286,9 +287,7 @@ class _Run:
         """Return what happened and what to do, for an error in training."""
         if isinstance(error, GradrankError):
             return str(error)
-        text = str(error)
-        memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if memory or "can't allocate memory" in text:
+        if is_out_of_memory(error):
             return (
                 f"out of memory on {self.device} at step {self.steps.done + 1}. Lower batch_size "
                 f"(now {self.settings.batch_size}) and raise accumulation instead, lower "

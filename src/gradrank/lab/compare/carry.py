@@ -14,6 +14,7 @@ import torch
 from gradrank.core.budget import Budget
 from gradrank.core.errors import GradrankError
 from gradrank.core.plan import Plan
+from gradrank.core.shortage import is_out_of_memory
 from gradrank.evidence.metrics import METRICS
 from gradrank.lab.arms import HEAD_NAMES, head_modules, head_options, moving, shared_scale
 from gradrank.lab.baselines.arm import Built, Setting
@@ -54,7 +55,9 @@ def carry_out(
     record = blank(run, recipe)
     try:
         _fill(record, run, bench, on_progress)
-    except (GradrankError, torch.OutOfMemoryError, MemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, GradrankError) and not is_out_of_memory(error):
+            raise
         record.status = "failed"
         record.comparison = {**(record.comparison or {}), "message": str(error) or repr(error)}
     return record
