@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from gradrank.adapters.surgery import edit as edit
     from gradrank.callback import CapacityCallback as CapacityCallback
     from gradrank.controller import Controller as Controller
-    from gradrank.controller import reserve as reserve
-    from gradrank.controller import settle as settle
     from gradrank.core.budget import Budget as Budget
     from gradrank.core.errors import BudgetError as BudgetError
     from gradrank.core.errors import DataError as DataError
@@ -68,12 +66,14 @@ if TYPE_CHECKING:
     from gradrank.signals.measure import MeanGradient as MeanGradient
     from gradrank.signals.measure import Spectrum as Spectrum
     from gradrank.signals.measurement import Measurement as Measurement
+    from gradrank.start import reserve as reserve
+    from gradrank.start import settle as settle
 
 _WHERE = {
     "gradrank.adapters.edits": ("Drop", "Grow", "Partition", "Select", "Shrink"),
     "gradrank.adapters.surgery": ("EditReport", "edit"),
     "gradrank.callback": ("CapacityCallback",),
-    "gradrank.controller": ("Controller", "reserve", "settle"),
+    "gradrank.controller": ("Controller",),
     "gradrank.core.budget": ("Budget",),
     "gradrank.core.errors": (
         "BudgetError",
@@ -116,6 +116,7 @@ _WHERE = {
     "gradrank.session": ("allocate", "apply", "export", "measure", "plan"),
     "gradrank.signals.measure": ("MeanGradient", "Spectrum"),
     "gradrank.signals.measurement": ("Measurement",),
+    "gradrank.start": ("reserve", "settle"),
 }
 _NAMES = {name: module for module, names in _WHERE.items() for name in names}
 

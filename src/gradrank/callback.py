@@ -18,7 +18,6 @@ from gradrank.adapters.view import (
     lora_targets,
 )
 from gradrank.capacity import CapacityRun
-from gradrank.controller import dynamic_method, reserve, starts_wide
 from gradrank.core import marker
 from gradrank.core.budget import Budget
 from gradrank.core.errors import SurgeryError
@@ -27,6 +26,7 @@ from gradrank.methods.method import Method
 from gradrank.signals.distributed import is_distributed
 from gradrank.signals.layers import unwrapped
 from gradrank.signals.replay import LossFunction
+from gradrank.start import dynamic_method, reserve, starts_wide
 
 
 class CapacityCallback(TrainerCallback):
