@@ -12,7 +12,7 @@ import click
 
 from gradrank.cli.exits import RunFailedError, explain_shortage
 from gradrank.core.errors import GradrankError
-from gradrank.lab.quiet import ignore_their_warnings, quieten_libraries
+from gradrank.lab.quiet import ignore_their_warnings
 from gradrank.record import finite
 
 Report = Callable[[int, int, str], None]
@@ -91,7 +91,6 @@ class Console:
         Raises:
             RunFailedError: If memory or disk ran out; it says what to lower.
         """
-        quieten_libraries()
         with contextlib.ExitStack() as stack:
             if self.as_json:
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))

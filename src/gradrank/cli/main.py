@@ -15,6 +15,7 @@ import click
 from gradrank import __version__
 from gradrank.cli.exits import DONE, FAILED, INTERRUPTED, REFUSED, RunFailedError
 from gradrank.core.errors import GradrankError, OutputError, nearest
+from gradrank.lab.quiet import quieten_libraries
 
 # Verb: one line for the listing. The module of a verb is imported when the verb is used.
 VERBS = {
@@ -106,6 +107,7 @@ class Verbs(click.Group):
         **extra: Any,
     ) -> Any:
         """Run, and leave with an exit status: 0 done, 1 failure, 2 refused, 130 interrupted."""
+        quieten_libraries()  # before a verb imports any
         given = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in given or os.environ.get("GRADRANK_DEBUG", "") not in {"", "0"}
         extra |= {"complete_var": complete_var, "windows_expand_args": windows_expand_args}
