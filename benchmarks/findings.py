@@ -103,8 +103,7 @@ def tables(folder: str, metric: str, reference: str | None) -> str:
         if cell.mean is not None:
             groups.setdefault((cell.task, cell.budget), []).append(cell)
     return "\n".join(
-        _table(task, budget, cells, known, metric, found.reference)
-        for (task, budget), cells in groups.items()
+        _table(task, budget, cells, known, found) for (task, budget), cells in groups.items()
     )
 
 
@@ -113,18 +112,17 @@ def _table(
     budget: str,
     cells: list[Cell],
     known: dict[tuple[str, str, str], Contrast],
-    metric: str,
-    reference: str | None,
+    found: Comparison,
 ) -> str:
-    lower = metric == "eval_loss" or task in {"wikitext2", "movie-review-lm"}
-    ordered = sorted(cells, key=lambda cell: cell.mean or 0.0, reverse=not lower)
-    own = "perplexity" if task == "wikitext2" else "accuracy"
-    named = own if metric == "own" else metric
+    counts = found.tasks[task]
+    higher = counts.higher_is_better
+    ordered = sorted(cells, key=lambda cell: cell.mean or 0.0, reverse=higher)
     lines = [
-        f"**{task}, budget {budget}** ({named}; {'lower' if lower else 'higher'} is better)",
+        f"**{task}, budget {budget}** ({counts.metric}; {'higher' if higher else 'lower'} is "
+        "better)",
         "",
-        f"| arm | parameters | rate | mean | sd over seeds | better than {reference} by, 95 % | "
-        "p, corrected | verdict |",
+        f"| arm | parameters | rate | mean | sd over seeds | better than {found.reference} by, "
+        "95 % | p, corrected | verdict |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [_row(cell, known.get((task, budget, cell.method))) for cell in ordered]

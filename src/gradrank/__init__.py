@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gradrank.adapters.edits import Partition as Partition
     from gradrank.adapters.edits import Select as Select
     from gradrank.adapters.edits import Shrink as Shrink
+    from gradrank.adapters.reserve import settle as settle
     from gradrank.adapters.surgery import EditReport as EditReport
     from gradrank.adapters.surgery import edit as edit
     from gradrank.callback import CapacityCallback as CapacityCallback
@@ -67,10 +68,10 @@ if TYPE_CHECKING:
     from gradrank.signals.measure import Spectrum as Spectrum
     from gradrank.signals.measurement import Measurement as Measurement
     from gradrank.start import reserve as reserve
-    from gradrank.start import settle as settle
 
 _WHERE = {
     "gradrank.adapters.edits": ("Drop", "Grow", "Partition", "Select", "Shrink"),
+    "gradrank.adapters.reserve": ("settle",),
     "gradrank.adapters.surgery": ("EditReport", "edit"),
     "gradrank.callback": ("CapacityCallback",),
     "gradrank.controller": ("Controller",),
@@ -116,7 +117,7 @@ _WHERE = {
     "gradrank.session": ("allocate", "apply", "export", "measure", "plan"),
     "gradrank.signals.measure": ("MeanGradient", "Spectrum"),
     "gradrank.signals.measurement": ("Measurement",),
-    "gradrank.start": ("reserve", "settle"),
+    "gradrank.start": ("reserve",),
 }
 _NAMES = {name: module for module, names in _WHERE.items() for name in names}
 

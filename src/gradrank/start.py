@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from gradrank.adapters.neurons import reserve_neurons
-from gradrank.adapters.reserve import reserve_ranks, settle, start_svd
+from gradrank.adapters.reserve import reserve_ranks, start_svd
 from gradrank.adapters.view import adapter_name, lora_sites, lora_targets
 from gradrank.capacity import resolve
 from gradrank.core.budget import Budget
@@ -16,8 +16,6 @@ from gradrank.methods.method import Method
 from gradrank.methods.registry import create
 from gradrank.ready import first_rank
 from gradrank.signals.distributed import is_distributed
-
-__all__ = ["dynamic_method", "reserve", "settle", "starts_wide"]
 
 
 def reserve(
@@ -40,8 +38,8 @@ def reserve(
     ``gard-dynamic`` needs it only where several processes train (DistributedDataParallel, FSDP2,
     DeepSpeed), where parameters cannot change their shape: the ranks that it may reach are
     reserved. Components that are not in use are then masked: they change nothing, get no gradient
-    and count for nothing in the budget, but they take memory. After training, :func:`settle` gives
-    the layers their real ranks and plain factors.
+    and count for nothing in the budget, but they take memory. After training,
+    :func:`gradrank.settle` gives the layers their real ranks and plain factors.
 
     Args:
         model: The PEFT model.

@@ -67,7 +67,7 @@ def test_dtypes_are_kept(dtype: torch.dtype, cast: bool) -> None:
 def test_quantised_bases(bits: int, fixed: bool) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(5)
-    model = get_peft_model(quantised(bnb, bits), config(LLAMA)).eval()
+    model = get_peft_model(quantised(bits), config(LLAMA)).eval()
     assert {type(layer).__name__ for layer in layers(model).values()} == {
         "Linear4bit" if bits == 4 else "Linear8bitLt"
     }
@@ -89,21 +89,10 @@ def test_quantised_bases(bits: int, fixed: bool) -> None:
         assert type(module) is (bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt)
 
 
-def quantised(bnb: Any, bits: int) -> nn.Module:
-    """Replace every linear layer of the blocks, as loading in 4 or 8 bits does."""
-    model: Any = tiny_llama()
-    for parent in list(model.model.layers.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is not nn.Linear:
-                continue
-            shape = layer.in_features, layer.out_features
-            if bits == 4:
-                packed = bnb.nn.Linear4bit(*shape, bias=False)
-                packed.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False)
-            else:
-                packed = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False)
-                packed.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False)
-            setattr(parent, name, packed.to("cpu"))
+def quantised(bits: int) -> nn.Module:
+    from signals.test_bitsandbytes import quantise
+
+    model: Any = quantise(tiny_llama(), bits)
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits == 4, bits == 8
     keep_quantised_layout(model)
     return model

@@ -123,15 +123,15 @@ def export(
         job = _Job(model, trained, batch, wanted)
         if budget is not None or rank is not None:
             job = job.smaller(budget, rank)
-    with new_folder(Path(out), overwrite) as folder, quantised_layout(model):
-        if target == MERGED:
-            done = job.merged(folder, dtype, requantise)
-        else:
-            done = job.written(ENGINES[target], dtype, padding, folder)
-        _judge(target, done.difference, done.tolerance)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        with new_folder(Path(out), overwrite) as folder:
+            if target == MERGED:
+                done = job.merged(folder, dtype, requantise)
+            else:
+                done = job.written(ENGINES[target], dtype, padding, folder)
+            _judge(target, done.difference, done.tolerance)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     # Merged weights are compared themselves.
     quiet = target != MERGED and wanted.effect <= 10 * done.tolerance
     return replace(
