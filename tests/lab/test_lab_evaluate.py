@@ -1,6 +1,7 @@
 """Evaluation: exact, independent of batches, and without side effects."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradrank.evidence.items import read_items
 from gradrank.evidence.metrics import metric_values
 from gradrank.lab.benchmarks.prompts import Prompt
 from gradrank.lab.benchmarks.task import Loaded, Task
 from gradrank.lab.data import DataSpec, read_examples
 from gradrank.lab.encode import load_task_data
-from gradrank.lab.evaluate import evaluate, item_losses
+from gradrank.lab.evaluate import drawn, evaluate, item_losses
 from gradrank.lab.models import resolve_model
 from gradrank.lab.tasks import TASKS
 from oracles.evaluation import (
@@ -103,11 +105,40 @@ def test_modes_are_restored_after_an_error(prepare, monkeypatch):
     assert all(module.training for module in model.modules())
 
 
-def test_max_batches_takes_the_first(prepare):
+def test_a_few_batches_are_drawn_from_the_whole_split(prepare):
     model, data = prepare("tiny-llama", "tiny-lm")
+    whole = evaluate(model, data, 4)
     part = evaluate(model, data, 4, max_batches=2)
     assert part.items == 8 * 15
-    assert part.loss != evaluate(model, data, 4).loss
+    places = drawn(len(data.eval), 4, 2)
+    assert part.outcomes["nll"] == pytest.approx([whole.outcomes["nll"][i] for i in places])
+    assert len(set(places)) == 8
+    assert places == sorted(places)
+    assert places != list(range(8))
+
+
+def test_the_draw_reaches_all_of_a_split_and_is_of_no_seed():
+    places = drawn(4878, 4, 12)
+    assert len(places) == 48
+    quarters = [sum(4878 * q <= 4 * place < 4878 * (q + 1) for place in places) for q in range(4)]
+    assert min(quarters) >= 5
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert drawn(4878, 4, 12) == places
+
+
+@pytest.mark.parametrize("most", [None, 3, 9])
+def test_all_examples_are_taken_where_they_fit(most):
+    assert drawn(10, 4, most) == list(range(10))
+
+
+def test_other_texts_of_the_same_length_are_other_items(prepare):
+    model, data = prepare("tiny-llama", "tiny-lm")
+    same = [evaluate(model, data, size, max_batches=16 // size).outcomes for size in (4, 8)]
+    other = evaluate(model, replace(data, eval=data.train), 4, max_batches=4).outcomes
+    assert same[0]["count"] == other["count"]
+    marks = [read_items(found).fingerprint for found in (*same, other)]
+    assert marks[0] == marks[1] != marks[2]
 
 
 def test_hopeless_loss_has_no_finite_perplexity(prepare, monkeypatch):
@@ -138,7 +169,7 @@ def test_outcomes_are_the_metrics_item_by_item(prepare, model, task, kind):
     first = found[0].outcomes
     assert first["kind"] == kind
     size = len(data.eval)
-    assert all(len(value) == size for key, value in first.items() if key != "kind")
+    assert all(len(value) == size for value in first.values() if isinstance(value, list))
     assert all(float(f"{value:.6g}") == value for value in first["nll"])
     for other in found:
         exact = {key: value for key, value in other.outcomes.items() if key != "nll"}
@@ -166,7 +197,7 @@ def test_outcomes_are_in_the_order_of_the_split(prepare):
         assert found["nll"][index] == pytest.approx(float(loss), rel=1e-5)
         assert found["predicted"][index] == int(logits.argmax())
     part = evaluate(model, data, 7, max_batches=2).outcomes
-    assert part["expected"] == found["expected"][:14]
+    assert part["expected"] == [found["expected"][i] for i in drawn(len(data.eval), 7, 2)]
 
 
 def test_f1_is_told_for_two_classes_only(prepare):
@@ -229,7 +260,9 @@ def test_answers_are_found_only_where_asked(instruct, monkeypatch):
     assert set(found.metrics) == {"eval_loss", "perplexity"}
     assert found.outcomes["kind"] == "tokens"
     part = evaluate(model, data, 2, max_batches=2).outcomes
-    assert len(part["expected"]) == len(part["predicted"]) == 4
+    places = drawn(len(data.eval), 2, 2)
+    assert len(part["predicted"]) == 4
+    assert part["expected"] == [data.answering.prompts[i].answer for i in places]
     assert "group" not in part
     monkeypatch.setattr("gradrank.lab.generate.answers", lambda *_a: 1 / 0)
     model, data, *_ = instruct("likelihood")

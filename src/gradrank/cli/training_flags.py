@@ -74,7 +74,7 @@ TRAINING_FLAGS: dict[str, Callable[[], Flag]] = {
         "--eval-batches",
         type=_COUNT,
         metavar="N",
-        help="Evaluate on so many batches only. Default: all.",
+        help="Evaluate on so many batches only, drawn from the whole split. Default: all.",
     ),
     "checkpoint_every": flag(
         _T,

@@ -20,6 +20,7 @@ KINDS = {
     "classes": ("expected", "predicted"),
     "answers": ("expected", "predicted"),
 }
+_SINGLE = ("kind", "digest")
 _MOST_CLASSES = 4096
 _MOST_GROUPS = 256
 """Metrics are sums per class and per part; a table of items by items would fill the memory."""
@@ -78,7 +79,10 @@ def read_items(data: Any) -> Items:
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise DataError(f"items of kind {kind!r} are unknown. {nearest(str(kind), KINDS)}")
-    lists = {key: value for key, value in data.items() if key != "kind" and value is not None}
+    digest = data.get("digest", "")
+    if not isinstance(digest, str):
+        raise DataError(f"'digest' of the items is {digest!r}; it must be a text.")
+    lists = {key: data[key] for key in data if key not in _SINGLE and data[key] is not None}
     missing = [name for name in KINDS[kind] if name not in lists]
     if missing:
         raise DataError(f"items of kind '{kind}' lack '{missing[0]}'.")
@@ -89,10 +93,10 @@ def read_items(data: Any) -> Items:
     size = sizes[KINDS[kind][0]]
     if size == 0 or len(set(sizes.values())) > 1:
         raise DataError(f"lists of the items must be of one length, at least 1; found {sizes}.")
-    return _arrays(kind, size, lists)
+    return _arrays(kind, size, lists, digest)
 
 
-def _arrays(kind: str, size: int, lists: Mapping[str, list[Any]]) -> Items:
+def _arrays(kind: str, size: int, lists: Mapping[str, list[Any]], digest: str) -> Items:
     expected = predicted = right = None
     if kind == "classes":
         expected, predicted = _classes(lists, "expected"), _classes(lists, "predicted")
@@ -114,12 +118,13 @@ def _arrays(kind: str, size: int, lists: Mapping[str, list[Any]]) -> Items:
         nll=_numbers(lists["nll"], "nll") if "nll" in lists else None,
         count=count,
         group=np.array([names[name] for name in groups]),
-        fingerprint=_fingerprint(kind, lists, groups),
+        fingerprint=_fingerprint(kind, lists, groups, digest),
     )
 
 
-def _fingerprint(kind: str, lists: Mapping[str, list[Any]], groups: list[str]) -> str:
-    given = lists["count"] if kind == "tokens" else lists["expected"]
+def _fingerprint(kind: str, lists: Mapping[str, list[Any]], groups: list[str], digest: str) -> str:
+    # Blocks of tokens are all of one size, so only their content tells one split from another.
+    given = [lists["count"], digest] if kind == "tokens" else lists["expected"]
     text = json.dumps([kind, given, groups], ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -130,19 +130,26 @@ def _unambiguous(runs: Sequence[Run], found: Sorted) -> list[Run]:
 
 
 def _one_metric(runs: Sequence[Run], found: Sorted) -> list[Run]:
-    named: dict[str, list[str]] = defaultdict(list)
+    measured: dict[str, list[str]] = defaultdict(list)
+    others: dict[str, list[str]] = defaultdict(list)
     for run in runs:
         if run.metric is not None:
-            named[run.task].append(run.metric)
+            (measured if _has_values(run) else others)[run.task].append(run.metric)
+    named = {**others, **measured}
     found.metrics = {task: _most(names) for task, names in sorted(named.items())}
     kept: list[Run] = []
     for run in runs:
         wanted = found.metrics.get(run.task)
-        if run.metric in {None, wanted}:
+        if run.metric in {None, wanted} or not _has_values(run):
             kept.append(run)
         else:
             _leave(found, run, f"counts {run.metric}; the other runs of {run.task}: {wanted}")
     return kept
+
+
+def _has_values(run: Run) -> bool:
+    """Say whether a run measured anything: what failed or only allocated fits every metric."""
+    return run.phase != "stability" and run.record.status != "failed"
 
 
 def _final(run: Run, found: Sorted) -> None:

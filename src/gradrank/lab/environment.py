@@ -1,8 +1,11 @@
 """What a run ran on: device, dtype, versions. No host, user or path names."""
 
+import functools
+import hashlib
 import os
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +25,8 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
     Returns:
         ``python``, ``system``, ``machine``, ``processors``, ``threads`` (of PyTorch), ``device``,
-        ``dtype`` and ``versions``; nothing that names a person, a host or a folder.
+        ``dtype``, ``versions`` and ``source`` (see :func:`source_digest`); nothing that names a
+        person, a host or a folder.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
@@ -34,7 +38,21 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "device": name,
         "dtype": str(dtype).removeprefix("torch."),
         "versions": {package: version(package) for package in _PACKAGES if version(package)},
+        "source": source_digest(),
     }
+
+
+@functools.cache
+def source_digest() -> str:
+    """Return a checksum of gradrank's own code, which tells development versions apart.
+
+    Returns:
+        Twelve hexadecimal digits of the SHA-256 of all of the package's Python files, by name.
+    """
+    digest, package = hashlib.sha256(), Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def version(package: str) -> str:

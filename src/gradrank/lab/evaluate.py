@@ -1,11 +1,13 @@
 """Exact evaluation: every predicted item counts once, whatever the batch it came in."""
 
 import contextlib
+import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -56,7 +58,8 @@ def evaluate(
         model: The model, on its device.
         data: Encoded data.
         batch_size: Examples at a time; it does not change the result.
-        max_batches: Stop after so many batches (the first examples); None takes all.
+        max_batches: Take at most so many batches; None takes all. Where there are more, examples
+            are drawn from the whole split, see :func:`drawn`.
         autocast: Compute in this dtype, as training did; None computes in the model's own.
         answers: Whether the answers of an instruction task are found too, which takes longer than
             its loss.
@@ -75,8 +78,10 @@ def evaluate(
     predicted: list[int] = []
     expected: list[int] = []
     classes = data.kind in CLASSIFIED
+    read = hashlib.sha256()
+    places = drawn(size_of(data.eval), batch_size, max_batches)
     with evaluating(model), without_cache(model):
-        for batch in _batches(data, batch_size, max_batches):
+        for batch in _batches(data, batch_size, places):
             inputs = {name: value.to(device) for name, value in batch.items()}
             labels = inputs.pop("labels")
             with _casting(device, autocast):
@@ -87,14 +92,21 @@ def evaluate(
             if classes:
                 predicted.extend(logits.argmax(dim=-1).tolist())
                 expected.extend(labels.tolist())
+            else:
+                read.update(labels[labels != -100].cpu().numpy().tobytes())
     if sum(count) == 0:
         raise DataError("the evaluation data has nothing to predict. Give more of it.")
-    found: dict[str, Any] = {"kind": "tokens", "nll": nll, "count": count}
+    found: dict[str, Any] = {
+        "kind": "tokens",
+        "nll": nll,
+        "count": count,
+        "digest": read.hexdigest(),
+    }
     if classes:
         found = {"kind": "classes", "expected": expected, "predicted": predicted, "nll": nll}
     elif data.answering is not None and answers:
         with _casting(device, autocast):
-            found = {**found, **_answers(model, data.answering, batch_size, len(nll))}
+            found = {**found, **_answers(model, data.answering, batch_size, places)}
     metrics = _metrics(found, data.num_labels)
     seconds = time.perf_counter() - start
     rounded = {**found, "nll": [_six_digits(value) for value in nll]}
@@ -108,9 +120,11 @@ def _metrics(items: dict[str, Any], classes: int | None) -> dict[str, float]:
     return {name: value for name, value in found.items() if classes == 2 or name not in of_two}
 
 
-def _answers(model: Any, asked: Answering, batch_size: int, count: int) -> dict[str, Any]:
-    """Let the model answer the first prompts; return what is kept of that."""
-    prompts = asked.prompts[:count]
+def _answers(
+    model: Any, asked: Answering, batch_size: int, places: Sequence[int]
+) -> dict[str, Any]:
+    """Let the model answer these prompts; return what is kept of that."""
+    prompts = [asked.prompts[place] for place in places]
     if asked.scoring == "likelihood":
         found = choose_by_likelihood(
             model, prompts, asked.tokenizer, batch_size, max_length=asked.max_length
@@ -161,14 +175,31 @@ def _six_digits(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _batches(data: TaskData, size: int, most: int | None) -> Iterator[dict[str, torch.Tensor]]:
+def drawn(count: int, size: int, most: int | None) -> list[int]:
+    """Say which examples an evaluation of a few batches looks at.
+
+    The first ones would be another population: the beginning of one document, or one class of a
+    file that is sorted. The draw does not depend on a run's seed, so that all runs are compared on
+    the same examples.
+
+    Args:
+        count: Examples of the split.
+        size: Examples in a batch.
+        most: Batches at most; None takes all examples.
+
+    Returns:
+        Their places in ascending order.
+    """
+    if most is None or most * size >= count:
+        return list(range(count))
+    return sorted(np.random.default_rng(0).choice(count, most * size, replace=False).tolist())
+
+
+def _batches(data: TaskData, size: int, places: Sequence[int]) -> Iterator[dict[str, torch.Tensor]]:
     # No DataLoader: it draws from the global random number generator, which would make the
     # training after an evaluation depend on how often one evaluates.
-    count = size_of(data.eval)
-    for number, start in enumerate(range(0, count, size)):
-        if most is not None and number >= most:
-            return
-        yield data.collate([data.eval[index] for index in range(start, min(start + size, count))])
+    for start in range(0, len(places), size):
+        yield data.collate([data.eval[place] for place in places[start : start + size]])
 
 
 @contextlib.contextmanager

@@ -37,7 +37,8 @@ class TrainSettings:
         workers: Processes that prepare batches beside training; 0: training does it itself.
         eval_every: Evaluate after every so many steps, and always at the end; 0: at the end only.
         eval_batch_size: Examples at a time in evaluation; None: ``batch_size``.
-        max_eval_batches: Evaluate on so many batches only; None: on all.
+        max_eval_batches: Evaluate on so many batches only, drawn from the whole split (the same
+            for every seed); None: on all.
         save_every: Write a checkpoint every so many steps; 0: only when interrupted.
         keep_checkpoints: Checkpoints to keep, at least 2 (one may be cut off in writing).
     """

@@ -102,7 +102,8 @@ class RunRecord:
 
     ``items`` holds ``kind`` and lists of one length, one entry per item in the order of the split:
 
-    - ``tokens``: ``nll`` (summed over the block, nats) and ``count`` (predicted tokens).
+    - ``tokens``: ``nll`` (summed over the block, nats) and ``count`` (predicted tokens); besides,
+      one text, ``digest`` (SHA-256 of the predicted tokens).
     - ``classes``: ``expected`` and ``predicted`` (class indices), ``nll`` (nats).
     - ``answers``: ``expected`` and ``predicted`` (texts; an empty one: no answer was found),
       ``nll`` and ``count`` of the reference answer, and, where a task has parts, ``group`` (texts).

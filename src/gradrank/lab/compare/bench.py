@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from gradrank.lab.baselines.arm import frozen
 from gradrank.lab.compare.config import RunConfig
 from gradrank.lab.data import DataSpec, Examples, read_examples
 from gradrank.lab.encode import TaskData, load_task_data
+from gradrank.lab.environment import source_digest
 from gradrank.lab.measured import together
 from gradrank.lab.memory import PeakMemory
 from gradrank.lab.models import LoadedModel, resolve_model
@@ -24,8 +26,8 @@ from gradrank.session import measure
 from gradrank.signals.measure import Signal
 from gradrank.signals.measurement import Measurement
 
-# What a measurement depends on, beside the task and the seed.
-_MEASURED = ("model", "targets", "batches", "batch_size", "accumulate", "head_steps", "lr", "dtype")
+# What a measurement depends on, beside the task and the seeds.
+_MEASURED = ("model", "targets", "batches", "batch_size", "accumulate", "head_steps", "dtype")
 _DATA = (
     "task",
     "data",
@@ -49,10 +51,12 @@ class Loaded:
     Attributes:
         loaded: The model, with a new head of the run's seed.
         data: Encoded data of the split that is evaluated.
+        head_seed: Seed of the new head; None where the model has none.
     """
 
     loaded: LoadedModel
     data: TaskData
+    head_seed: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +116,8 @@ class Bench:
         encoded = f"{key}{config.model}{config.max_length}"
         if encoded not in self._encoded:
             self._encoded[encoded] = load_task_data(examples, loaded, config.max_length)
-        return Loaded(loaded, self._encoded[encoded])
+        new = seed if head_modules(loaded.model) else None
+        return Loaded(loaded, self._encoded[encoded], new)
 
     def examples(self, config: RunConfig, split: str) -> Examples:
         """Read the data of a task, once.
@@ -144,7 +149,16 @@ class Bench:
             The measurement, possibly of more signals; its cost is that of the whole pass.
         """
         wanted = together(signals)
-        about = [_key(config, (*_DATA, *_MEASURED)), config.max_length, seed, repr(wanted)]
+        about = [
+            _key(config, (*_DATA, *_MEASURED)),
+            config.max_length,
+            seed,
+            repr(wanted),
+            # Nothing else about a rate or a run's seed can reach the gradients.
+            config.lr if config.head_steps else None,
+            fresh.head_seed,
+            source_digest(),
+        ]
         name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
         path = self.cache / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,9 +180,11 @@ class Bench:
         head = head_modules(model)
         kept = {name: model.get_submodule(name).state_dict() for name in head}
         kept = {name: {k: v.clone() for k, v in state.items()} for name, state in kept.items()}
+        started = time.perf_counter()
         with PeakMemory(fresh.device) as memory:
             if head and config.head_steps:
                 warm_head(fresh, config, head, seed)
+            warmed = time.perf_counter() - started
             found = measure(
                 model,
                 fresh.data.batches(config.batches * config.accumulate, config.batch_size, seed),
@@ -180,7 +196,10 @@ class Bench:
             )
         for name, state in kept.items():
             model.get_submodule(name).load_state_dict(state)
-        return replace(found, info={**found.info, "peak_memory_bytes": memory.peak})
+        seconds = warmed + float(found.info.get("seconds") or 0.0)
+        return replace(
+            found, info={**found.info, "seconds": seconds, "peak_memory_bytes": memory.peak}
+        )
 
     def _spec(self, config: RunConfig, split: str) -> DataSpec:
         return DataSpec(

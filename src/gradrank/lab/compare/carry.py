@@ -4,7 +4,7 @@ import datetime
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from gradrank.signals.layers import base_parameters
 
 Progress = Callable[[int, int, float, float], None]
 _HEADLESS = {"lm", "instruct"}
+COLD_HEAD = "reads its batches below a new head: head_steps warms it for methods only"
 
 
 def carry_out(
@@ -134,6 +135,8 @@ def _note(
         record.comparison = {**(record.comparison or {}), "message": outcome.message}
     record.losses = {"train": outcome.losses, "eval": outcome.eval_losses}
     record.metrics, record.items = dict(outcome.metrics), outcome.items
+    about = record.comparison or {}
+    record.comparison = {**about, "data": {**about.get("data", {}), **_looked_at(outcome.items)}}
     record.cost = {
         **record.cost,
         "train_seconds": outcome.train_seconds,
@@ -156,6 +159,16 @@ def _note(
     ]
 
 
+def _looked_at(items: Mapping[str, Any] | None) -> dict[str, int]:
+    """Say how much of the split was evaluated, which may be a draw from it."""
+    if not items:
+        return {}
+    return {
+        "evaluated_examples": len(items["nll"]),
+        "evaluated_items": sum(items.get("count") or [1] * len(items["nll"])),
+    }
+
+
 class _Arm:
     """A method or a baseline on its way to a model that can be trained."""
 
@@ -169,6 +182,7 @@ class _Arm:
         self.matched, self.plan, self.planned = True, None, 0
         self.measure_seconds = self.saved_seconds = 0.0
         self.reliability: dict[str, Any] = {}
+        self.calibrated = False
         step = run.config.batch_size * run.config.accumulate
         self.options = options_in_steps(run.options, size_of(fresh.data.train), step)
 
@@ -179,7 +193,10 @@ class _Arm:
         baseline = create_baseline(self.run.method, self.options)
         self.matched = bool(baseline.matched)
         torch.manual_seed(self.run.seed)
-        return baseline.build(self.setting())
+        built = baseline.build(self.setting())
+        if self.calibrated and self.run.config.head_steps and self.fresh.head_seed is not None:
+            built.notes = (*built.notes, COLD_HEAD)
+        return built
 
     def setting(self) -> Setting:
         """Return what a baseline may use."""
@@ -187,6 +204,7 @@ class _Arm:
         calibration = _calibration_seed(self.run)
 
         def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
+            self.calibrated = True
             return self.fresh.batches(count, config.batch_size, calibration)
 
         head = self.fresh.loaded.head
@@ -251,7 +269,8 @@ class _Arm:
 
 def _calibration_seed(run: GridRun) -> int:
     fixed = run.config.calibration_seed
-    return run.seed if fixed is None else fixed
+    # How far calibrations agree is asked by drawing them anew.
+    return run.seed if fixed is None or run.phase == STABILITY else fixed
 
 
 def _about(run: GridRun, recipe: Recipe) -> dict[str, Any]:

@@ -107,17 +107,20 @@ def final_runs(recipe: Recipe, chosen: Mapping[tuple[str, str, str], float]) -> 
     ]
 
 
-def stability_runs(recipe: Recipe) -> list[GridRun]:
+def stability_runs(
+    recipe: Recipe, chosen: Mapping[tuple[str, str, str], float] | None = None
+) -> list[GridRun]:
     """Return the runs that only allocate, by other calibration data.
 
     Args:
         recipe: The recipe.
+        chosen: As for :func:`final_runs`; where a head is warmed before, at its cell's rate.
 
     Returns:
         One run per task, measuring method, budget and calibration seed.
     """
     return [
-        _run(recipe, STABILITY, cell, seed, None)
+        _run(recipe, STABILITY, cell, seed, _warming_rate(recipe, cell, chosen or {}))
         for seed in recipe.calibration_seeds
         for cell in cells(recipe)
         if _measures(cell[1])
@@ -159,6 +162,18 @@ def _run(
         seed=seed,
         config=config if rate is None else replace(config, lr=rate),
     )
+
+
+def _warming_rate(
+    recipe: Recipe,
+    cell: tuple[TaskEntry, Variant, str],
+    chosen: Mapping[tuple[str, str, str], float],
+) -> float | None:
+    """Return the rate at which the cell's reported runs warm a new head, if they do."""
+    task, variant, budget = cell
+    if not recipe.config(task, variant).head_steps:
+        return None
+    return chosen.get((task.label, variant.label, budget))
 
 
 def _measures(variant: Variant) -> bool:

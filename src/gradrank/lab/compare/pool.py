@@ -89,8 +89,7 @@ class Pool:
             for slot in range(self._count):
                 worker = self._idle(slot) if waiting and not self.stopping else None
                 if worker is not None:
-                    worker.job = waiting.pop()
-                    worker.pipe.send(worker.job)
+                    worker = self._hand(worker, waiting.pop())
                     yield Event("started", worker.job, slot)
             busy = {worker.pipe: worker for worker in self._workers if worker.job is not None}
             if not busy:
@@ -126,6 +125,22 @@ class Pool:
             return known if known.job is None else None
         return self._start(slot)
 
+    def _hand(self, worker: _Worker, job: Any) -> _Worker:
+        """Give a worker a job; one that died while it had none is replaced, at no job's cost."""
+        try:
+            worker.pipe.send(job)
+        except OSError:
+            self._bury(worker)
+            worker = self._start(worker.slot)
+            worker.pipe.send(job)
+        worker.job = job
+        return worker
+
+    def _bury(self, worker: _Worker) -> None:
+        worker.process.join()
+        self._workers.remove(worker)
+        worker.pipe.close()
+
     def _start(self, slot: int) -> _Worker:
         ours, theirs = self._context.Pipe()
         settings: dict[str, str] = {name: str(self._threads) for name in _THREADS}
@@ -146,9 +161,7 @@ class Pool:
         try:
             kind, detail = worker.pipe.recv()
         except (EOFError, OSError):
-            worker.process.join()
-            self._workers.remove(worker)
-            worker.pipe.close()
+            self._bury(worker)
             yield Event("died", job, worker.slot, _cause(worker.process.exitcode))
             return
         if kind == "done":

@@ -15,18 +15,19 @@ from gradrank.core.files import explain_os_error, write_text
 from gradrank.evidence.comparison import Comparison, compare
 from gradrank.evidence.metrics import METRICS
 from gradrank.lab.compare.bench import Bench
-from gradrank.lab.compare.grid import GridRun, final_runs, stability_runs, tuning_runs
+from gradrank.lab.compare.grid import FINAL, GridRun, final_runs, stability_runs, tuning_runs
 from gradrank.lab.compare.pool import Event, Pool
 from gradrank.lab.compare.process import main
 from gradrank.lab.compare.recipe import Recipe
 from gradrank.lab.compare.store import Found, Store
-from gradrank.lab.compare.tuning import chosen_rates
+from gradrank.lab.compare.tuning import Cell, cell_of, chosen_rates
 from gradrank.lab.compare.worker import failed
 from gradrank.lab.locate import locate
 from gradrank.lab.recipes import read
 from gradrank.record import RunRecord
 
 Say = Callable[[str], None]
+NO_RATE = "no learning rate that was searched for this arm worked: see its tuning runs"
 
 
 @dataclass
@@ -119,12 +120,15 @@ class Grid:
         A cell whose rates are searched and of which none is known yet takes the recipe's rate, and
         so has no finished run: its runs change their names with the rate.
         """
-        tuning = self.tuning()
-        return final_runs(self.recipe, chosen_rates(tuning, self.store.read(tuning)))
+        return final_runs(self.recipe, self._rates())
 
     def stability(self) -> list[GridRun]:
         """Return the runs that only allocate."""
-        return stability_runs(self.recipe)
+        return stability_runs(self.recipe, self._rates())
+
+    def _rates(self) -> dict[Cell, float]:
+        tuning = self.tuning()
+        return chosen_rates(tuning, self.store.read(tuning))
 
     def all_runs(self) -> list[GridRun]:
         """Return every run of the grid as it is known now."""
@@ -174,6 +178,8 @@ class Grid:
         if not missing or self.stopped or self._pool is None:
             return
         phase, started, done = missing[0].phase, time.monotonic(), 0
+        if phase == FINAL:
+            missing = self._tuned(missing)
         self.say(f"{phase}: {len(missing)} of {len(runs)} runs to do")
         for event in self._events(missing):
             run = GridRun.from_dict(event.job)
@@ -187,6 +193,16 @@ class Grid:
                 self.say(
                     f"{phase} {done}/{len(missing)}  {self._told(run, record)}  {_span(left)} left"
                 )
+
+    def _tuned(self, missing: list[GridRun]) -> list[GridRun]:
+        """Return the runs whose rate is known; the others fail, since no rate of theirs worked."""
+        searched, rates = {cell_of(run) for run in self.tuning()}, self._rates()
+        kept = [run for run in missing if cell_of(run) not in searched or cell_of(run) in rates]
+        for run in missing:
+            if run not in kept and not self.stopped:
+                self.store.save(run, failed(run, self.recipe, NO_RATE))
+                self.failures.append(run.id)
+        return kept
 
     def _events(self, missing: list[GridRun]) -> Iterator[Event]:
         assert self._pool is not None

@@ -29,7 +29,7 @@ def chosen_rates(runs: Sequence[GridRun], found: Found) -> dict[Cell, float]:
     for run in runs:
         record = found.finished(run)
         value = None if record is None else value_of(record)
-        values[run.task, run.label, run.budget][run.config.lr].append(value)
+        values[cell_of(run)][run.config.lr].append(value)
     best: dict[Cell, float] = {}
     for cell, rates in values.items():
         means = {rate: _mean(found_values) for rate, found_values in rates.items()}
@@ -37,6 +37,18 @@ def chosen_rates(runs: Sequence[GridRun], found: Found) -> dict[Cell, float]:
         if known:
             best[cell] = max(sorted(known), key=lambda rate: known[rate])
     return best
+
+
+def cell_of(run: GridRun) -> Cell:
+    """Return the cell of the table that a run belongs to.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Task, label of the method, budget.
+    """
+    return run.task, run.label, run.budget
 
 
 def value_of(record: RunRecord) -> float | None:
