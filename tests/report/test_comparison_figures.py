@@ -9,9 +9,10 @@ from gradrank.evidence.comparison import BudgetInfo, Stability, Tuned
 from gradrank.report.comparison.figures_contrasts import contrast_figure, seeds_figure
 from gradrank.report.comparison.figures_cost import cost_figures, relative_costs
 from gradrank.report.comparison.figures_pareto import pareto_figure
-from gradrank.report.comparison.figures_ranks import mean_ranks, ranks_figure
+from gradrank.report.comparison.figures_ranks import mean_ranks, ranks_figures
 from gradrank.report.comparison.figures_rates import rates_figure, searches
 from gradrank.report.comparison.figures_stability import stability_figure
+from gradrank.report.comparison.sections import Grown, all_parts, figures_of
 from gradrank.report.comparison.strips import gapped, method_marks, reach
 from gradrank.report.comparison.tables import main_table, p_text
 from gradrank.report.comparison.view import in_order, read_comparison, slug
@@ -141,7 +142,7 @@ def test_a_rate_that_diverged_for_one_seed_is_not_averaged_over_the_others():
 
 
 def test_ranks_are_means_over_seeds(view):
-    figure = ranks_figure(view, "sst2", "uniform:8", 1)
+    (figure,) = ranks_figures(view, "sst2", "uniform:8", 1)
     assert "uniform" not in figure.data["panels"]
     assert "Not drawn, one rank everywhere: uniform and dora." in figure.caption
     row = next(r for r in view.of("sst2", "uniform:8") if r.method == "gard")
@@ -165,7 +166,51 @@ def test_equal_ranks_everywhere_draw_nothing():
     rng = np.random.default_rng(0)
     same = {"h.0.q": 4, "h.1.q": 4}
     runs = [cases.outcome(rng, "sst2", "0.3%", "gard", s, 0.8, ranks=same) for s in range(2)]
-    assert ranks_figure(read_comparison(cases.small(runs, runs)), "sst2", "0.3%", 1) is None
+    assert ranks_figures(read_comparison(cases.small(runs, runs)), "sst2", "0.3%", 1) == []
+
+
+def ranked(**ranks_of):
+    """Return a view of one run per method with these ranks."""
+    rng = np.random.default_rng(0)
+    cells = [
+        cases.cell([cases.outcome(rng, "sst2", "0.3%", m, 0, 0.8, ranks=ranks)], method=m)
+        for m, ranks in ((m.replace("_", "-"), ranks) for m, ranks in ranks_of.items())
+    ]
+    methods = tuple(cell.method for cell in cells)
+    return read_comparison(cases.small([], cells=tuple(cells), methods=methods, contrasts=()))
+
+
+@pytest.mark.parametrize("with_uniform", [True, False])
+def test_one_large_rank_does_not_give_all_others_one_colour(with_uniform):
+    usual = {"h.0.q": 4, "h.1.q": 8, "h.2.q": 12, "h.3.q": 0}
+    found = {"gard": usual, "gradient_norm": {**usual, "pooler": 110}}
+    if with_uniform:
+        found["uniform"] = dict.fromkeys(usual, 8)
+    (figure,) = ranks_figures(ranked(**found), "sst2", "0.3%", 1)
+    assert figure.data["middle"] == 8
+    row = figure.data["levels"]["gard"][figure.data["rows"].index("q")]
+    low, middle, high, none = row[:4]
+    assert low < middle == 0 < high
+    assert none is None
+    top = max(v for row in figure.data["levels"]["gradient-norm"] for v in row if v is not None)
+    assert top > high
+    assert ("uniform: 8" if with_uniform else "median: 8") in figure.svg
+
+
+def test_methods_beyond_a_dozen_are_drawn_too_ours_first():
+    names = [f"b{i}" for i in range(11)]
+    ours = ["waterfill", "random_half", "gard_dynamic", "gard"]
+    ranks = {"h.0.q": 4, "h.1.q": 8}
+    found = ranked(**dict.fromkeys([*names, *ours], ranks))
+    drawn = ranks_figures(found, "sst2", "0.3%", 1)
+    panels = [list(figure.data["panels"]) for figure in drawn]
+    assert [len(each) for each in panels] == [12, 3]
+    assert panels[0][:4] == ["gard", "gard-dynamic", "waterfill", "random-half"]
+    assert panels[0][4:] + panels[1] == names
+    assert len({figure.name for figure in drawn}) == 2
+    assert drawn[1].title.endswith("(2 of 2)")
+    part = next(part for part in all_parts(found, Grown()) if part.name == "ranks")
+    assert [figure.name for figure in figures_of(part.blocks)] == [f.name for f in drawn]
 
 
 def test_stability_without_a_correlation_is_in_no_figure():

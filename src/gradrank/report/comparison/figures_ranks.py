@@ -1,6 +1,8 @@
 """Rank profiles side by side: mean rank over seeds by depth and module type, per method."""
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import matplotlib as mpl
@@ -10,16 +12,19 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 
+from gradrank.methods.registry import METHODS
 from gradrank.report.comparison.strips import WIDTH, method_text
 from gradrank.report.comparison.view import Row, View, label, mean, slug
 from gradrank.report.layout import Layout, arrange
 from gradrank.report.style import safe
 from gradrank.report.svg import Figure, canvas, finish, look
-from gradrank.report.text import listed, number, plural
+from gradrank.report.text import listed, number
 
 MAX_METHODS = 12
 MAX_TYPES = 14
-_LEVELS = 8
+# Half octaves on either side of the middle; ranks beyond share the last.
+_LEVELS = 5
+_UNIFORM = "uniform"
 _ACROSS = 2
 _TALL, _TITLE, _GAP, _HEAD, _FOOT = 13, 24, 14, 52, 34
 _SMALL: dict[str, Any] = {"va": "center_baseline", "fontsize": 10, "color": "#444444"}
@@ -40,46 +45,111 @@ def mean_ranks(row: Row) -> dict[str, float]:
     return {name: mean(float(ranks.get(name, 0)) for ranks in known) or 0.0 for name in names}
 
 
+def level(rank: float, middle: float) -> int | None:
+    """Return the colour of a rank: how many half octaves it is above or below the middle.
+
+    Ranks of one table span two orders of magnitude, and on a linear scale one large rank would give
+    all others the same colour.
+
+    Args:
+        rank: Mean rank, 0 or more.
+        middle: The rank that has no colour, above 0.
+
+    Returns:
+        A whole number from -5 to 5; None for rank 0, which is no low rank but no adapter.
+
+    Examples:
+        >>> [level(rank, 8.0) for rank in (0, 4, 8, 12, 110)]
+        [None, -2, 0, 1, 5]
+    """
+    if rank <= 0:
+        return None
+    return max(-_LEVELS, min(_LEVELS, round(2 * math.log2(rank / middle))))
+
+
 @look()
-def ranks_figure(view: View, task: str, budget: str, position: int) -> Figure | None:
+def ranks_figures(view: View, task: str, budget: str, position: int) -> list[Figure]:
     """Draw the rank profiles of one task and budget.
+
+    Labels that begin with the name of a method or control of ours come first, in the order of the
+    registry; others (baselines among them) follow as the table has them.
 
     Args:
         view: The comparison.
         task: The task.
         budget: The budget.
-        position: Number that makes the name distinct.
+        position: Number that makes the names distinct.
 
     Returns:
-        The figure, or None where ranks do not differ in any method. ``data``: ``rows``,
-        ``columns`` and per method the mean ranks (None where there is no target).
+        One figure for each dozen of methods; none where ranks do not differ in any method. All
+        share one scale. ``data``: ``rows``, ``columns``, ``middle``, and per method the mean ranks
+        (``panels``; None where there is no target) and their colours (``levels``).
     """
     found = {row.method: mean_ranks(row) for row in view.of(task, budget)}
     varied = {m: ranks for m, ranks in found.items() if len(set(ranks.values())) > 1}
-    if not varied:
-        return None
-    shown = dict(list(varied.items())[:MAX_METHODS])
-    layout = arrange(name for ranks in shown.values() for name in ranks)
-    types = layout.rows[:MAX_TYPES]
-    top = max(max(ranks.values()) for ranks in shown.values())
-    grids = {m: layout.grid(dict(ranks))[: len(types)] for m, ranks in shown.items()}
-    drawn = _draw(view, grids, layout, types, top)
-    caption = "Mean final rank over seeds; layers from left to right. Hatched: no adapter."
-    caption += _left_out(found, varied, shown) + _dropped(layout)
-    data = {"rows": list(types), "columns": layout.column_labels, "panels": grids}
+    order = sorted(varied, key=_place)
+    if not order:
+        return []
+    layout = arrange(name for ranks in varied.values() for name in ranks)
+    middle, whose = _middle(found, varied)
+    parts = [order[i : i + MAX_METHODS] for i in range(0, len(order), MAX_METHODS)]
     title = f"Ranks by depth: {label(task)}, budget {label(budget, 40)}"
-    name = f"ranks-{slug(position, task, budget)}"
-    return finish(drawn, name, title, caption, data, tall=True)
+    said = (
+        "Mean final rank over seeds; layers from left to right. Each colour is a factor of 1.41, "
+        f"from the {whose} rank of {number(middle, 2)}, which is grey; the outermost hold all "
+        f"beyond. Hatched: no adapter.{_dropped(layout)}"
+    )
+    figures = []
+    for i, names in enumerate(parts, start=1):
+        grids = {m: layout.grid(dict(varied[m]))[:MAX_TYPES] for m in names}
+        drawn = _draw(view, grids, layout, middle, whose)
+        data = {
+            "rows": list(layout.rows[:MAX_TYPES]),
+            "columns": layout.column_labels,
+            "middle": middle,
+            "panels": grids,
+            "levels": {
+                m: [[_level(v, middle) for v in row] for row in g] for m, g in grids.items()
+            },
+        }
+        several = len(parts) > 1
+        name = f"ranks-{slug(position, task, budget)}" + (f"-{i}" if i > 1 else "")
+        full = f"{title} ({i} of {len(parts)})" if several else title
+        caption = said + (_left_out(found) if i == 1 else "")
+        figures.append(finish(drawn, name, full, caption, data, tall=True))
+    return figures
+
+
+def _level(rank: float | None, middle: float) -> int | None:
+    return None if rank is None else level(rank, middle)
+
+
+def _place(method: str) -> int:
+    """Return the place of the method whose name a label begins with; others are the last."""
+    fits = [(len(name), i) for i, name in enumerate(METHODS) if method.startswith(name)]
+    return max(fits)[1] if fits else len(METHODS)
+
+
+def _middle(
+    found: Mapping[str, Mapping[str, float]], varied: Mapping[str, Mapping[str, float]]
+) -> tuple[float, str]:
+    """Return uniform LoRA's rank, or where that did not run the median of what is drawn."""
+    same = set(found.get(_UNIFORM, {}).values())
+    if len(same) == 1 and max(same) > 0:
+        return same.pop(), _UNIFORM
+    ranks = [rank for each in varied.values() for rank in each.values() if rank > 0]
+    return median(ranks), "median"
 
 
 def _draw(
     view: View,
     grids: Mapping[str, Sequence[Sequence[float | None]]],
     layout: Layout,
-    types: Sequence[str],
-    top: float,
+    middle: float,
+    whose: str,
 ) -> Canvas:
     """Draw all panels in one pair of axes whose unit is a pixel: axes are slow to make."""
+    types = layout.rows[:MAX_TYPES]
     left = 20 + round(6.2 * max(len(safe(each, 16)) for each in types))
     room = (WIDTH - left - 14 - _GAP * (_ACROSS - 1)) / _ACROSS
     inner = _TALL * len(types)
@@ -91,50 +161,53 @@ def _draw(
     ax.set_ylim(height, 0)
     ax.axis("off")
     cell = room / len(layout.columns)
-    boxes: dict[int, list[Any]] = {}
+    boxes: dict[int | None, list[Any]] = {}
     for i, (method, grid) in enumerate(grids.items()):
         line, column = divmod(i, _ACROSS)
         x = left + column * (room + _GAP)
         y = _HEAD + line * (_TITLE + inner + _GAP) + _TITLE
-        _cells(boxes, grid, top, (x, y, cell))
+        _cells(boxes, grid, middle, (x, y, cell))
         ax.text(x, y - 6, method_text(view, method), fontsize=11, fontweight="bold")
         for j, each in enumerate(types if not column else ()):
             ax.text(x - 5, y + (j + 0.5) * _TALL, safe(each, 16), ha="right", **_SMALL)
         if i + _ACROSS >= len(grids):
             _columns(ax, layout, (x, y + inner, cell), room)
     _paint(ax, boxes)
-    _legend(ax, top)
+    _legend(ax, middle, whose)
     return drawn
 
 
 def _cells(
-    boxes: dict[int, list[Any]],
+    boxes: dict[int | None, list[Any]],
     grid: Sequence[Sequence[float | None]],
-    top: float,
+    middle: float,
     at: tuple[float, float, float],
 ) -> None:
     left, upper, cell = at
     for j, row in enumerate(grid):
         for i, value in enumerate(row):
             if value is not None:
-                level = 0 if value == 0 else max(1, round(_LEVELS * value / top))
                 x, y = left + i * cell, upper + j * _TALL
                 right, low = x + cell, y + _TALL
                 corners = [(x, y), (right, y), (right, low), (x, low), (x, y)]
-                boxes.setdefault(level, []).append(corners)
+                boxes.setdefault(level(value, middle), []).append(corners)
 
 
-def _paint(ax: Axes, boxes: Mapping[int, Sequence[Any]]) -> None:
+def _paint(ax: Axes, boxes: Mapping[int | None, Sequence[Any]]) -> None:
     """Draw all cells of one colour as one path."""
-    for level, found in sorted(boxes.items()):
+    for place in sorted(boxes, key=lambda key: -math.inf if key is None else key):
+        found = boxes[place]
         path = Path(np.array(found).reshape(-1, 2), np.tile(_BOX, len(found)))
-        ax.add_artist(PathPatch(path, **_fill(level)))
+        ax.add_artist(PathPatch(path, **_fill(place)))
 
 
-def _fill(level: int) -> dict[str, Any]:
-    if not level:
+def _fill(place: int | None) -> dict[str, Any]:
+    if place is None:
         return {"facecolor": "#ffffff", "edgecolor": "#c0c4cc", "hatch": "///", "linewidth": 0.3}
-    colour = mpl.colormaps["viridis_r"](0.04 + 0.94 * level / _LEVELS)
+    # Orange below and purple above, which all kinds of sight tell apart; the scheme's own middle is
+    # white, the colour of the page.
+    strength = math.copysign(0.08 + 0.42 * abs(place) / _LEVELS, place)
+    colour = mpl.colormaps["PuOr"](0.5 + strength) if place else "#e9e9e9"
     return {"facecolor": colour, "edgecolor": "white", "linewidth": 0.4}
 
 
@@ -148,25 +221,22 @@ def _columns(ax: Axes, layout: Layout, at: tuple[float, float, float], room: flo
     ax.text(x + room / 2, y + 25, "layer", ha="center", **_SMALL)
 
 
-def _legend(ax: Axes, top: float) -> None:
+def _legend(ax: Axes, middle: float, whose: str) -> None:
     ax.text(16, 17, "mean rank", va="center_baseline", fontsize=11)
-    left, step = 92, 24
-    for level in range(_LEVELS + 1):
+    left, step = 88, 24
+    places = [None, *range(-_LEVELS, _LEVELS + 1)]
+    for i, place in enumerate(places):
         # The strip of rank 0 stands apart: it is no low rank but no adapter.
-        x = left + level * step + (8 if level else 0)
-        ax.add_artist(Rectangle((x, 9), step, 13, **_fill(level)))
-    texts = [(left + step / 2, "0")]
-    for level in (_LEVELS // 2, _LEVELS):
-        texts += [(left + 8 + step * (0.5 + level), number(top * level / _LEVELS, 2))]
-    for x, text in texts:
-        ax.text(x, 35, text, ha="center", **_SMALL)
+        x = left + i * step + (8 if i else 0)
+        ax.add_artist(Rectangle((x, 9), step, 13, **_fill(place)))
+        if place is None or place % 2 == 0:
+            text = "0" if place is None else number(middle * 2 ** (place / 2), 2)
+            ax.text(x + step / 2, 35, text, ha="center", **_SMALL)
+    end = left + len(places) * step + 16
+    ax.text(end, 17, f"{whose}: {number(middle, 2)}", **_SMALL)
 
 
-def _left_out(
-    found: Mapping[str, Mapping[str, float]],
-    varied: Mapping[str, Any],
-    shown: Mapping[str, Any],
-) -> str:
+def _left_out(found: Mapping[str, Mapping[str, float]]) -> str:
     text = ""
     same = [label(m, 30) for m, ranks in found.items() if len(set(ranks.values())) == 1]
     if same:
@@ -174,8 +244,6 @@ def _left_out(
     none = [label(m, 30) for m, ranks in found.items() if not ranks]
     if none:
         text += f" Without ranks: {listed(none)}."
-    if len(varied) > len(shown):
-        text += f" {plural(len(varied) - len(shown), 'further method')} left out."
     return text
 
 

@@ -8,7 +8,7 @@ from gradrank.report.comparison.blocks import Entry, Fold, Grid, Line, Part, Pie
 from gradrank.report.comparison.figures_contrasts import contrast_figure, seeds_figure
 from gradrank.report.comparison.figures_cost import cost_figures
 from gradrank.report.comparison.figures_pareto import pareto_figure
-from gradrank.report.comparison.figures_ranks import ranks_figure
+from gradrank.report.comparison.figures_ranks import ranks_figures
 from gradrank.report.comparison.figures_rates import Search, rates_figure, searches
 from gradrank.report.comparison.figures_stability import stability_figure
 from gradrank.report.comparison.tables import (
@@ -22,7 +22,8 @@ from gradrank.report.comparison.words import limits, overall, pooled_sentence, s
 from gradrank.report.svg import Figure
 from gradrank.report.text import clean, count, listed, plural
 
-MAX_RANK_FIGURES = 12
+MAX_RANK_FIGURES = 24
+_RANKS_SHOWN = 2
 MAX_LISTED = 400
 _MOST_OPEN = 4
 _MOST_POINTS = 12
@@ -206,21 +207,21 @@ def _rates(view: View, searched: Sequence[Search]) -> Part:
 
 def _ranks(view: View) -> Part:
     title = "Where capacity went"
-    drawn = []
     pairs = [(t, b) for t in view.tasks for b in view.budgets if view.of(t, b)]
+    shown: list[Figure] = []
+    more: list[Figure] = []
+    left_out = []
     for i, (task, budget) in enumerate(pairs):
-        figure = ranks_figure(view, task, budget, i + 1)
-        drawn += [figure] if figure is not None else []
-        if len(drawn) == MAX_RANK_FIGURES:
-            break
-    if not drawn:
-        return Part("ranks", title, [])
-    pieces: list[Piece] = _gallery(drawn[:2])
-    if drawn[2:]:
-        pieces.append(Fold(f"{count(len(drawn) - 2)} more rank profiles", _gallery(drawn[2:])))
-    if len(drawn) == MAX_RANK_FIGURES < len(pairs):
-        text = f"The first {MAX_RANK_FIGURES} are drawn; the records hold all."
-        pieces.append(Paragraph(text))
+        if len(shown) + len(more) >= MAX_RANK_FIGURES:
+            left_out.append(f"{label(task, 40)} at {label(budget, 40)}")
+            continue
+        for j, figure in enumerate(ranks_figures(view, task, budget, i + 1)):
+            (shown if len(shown) < _RANKS_SHOWN and not j else more).append(figure)
+    pieces: list[Piece] = _gallery(shown)
+    if more:
+        pieces.append(Fold(f"{count(len(more))} more rank profiles", _gallery(more)))
+    if left_out:
+        pieces.append(Paragraph(f"Not drawn: {listed(left_out)}; the records hold all."))
     return Part("ranks", title, pieces)
 
 
