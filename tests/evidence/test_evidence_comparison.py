@@ -172,16 +172,125 @@ def test_a_budget_without_the_reference_is_not_tested():
     ("counts", "note"),
     [
         ({"peak": 1000, "final": 1000}, None),
+        ({"peak": 1050, "final": 1050}, None),
         ({"peak": 1500, "final": 1000}, "has up to 1,500 parameters on the way, budget 1,200"),
-        ({"peak": 1300, "final": 1300}, "ends with 1,300 parameters, above the budget of 1,200"),
+        ({"peak": 1100, "final": 1100}, "1,100 parameters, 10% more than the reference's 1,000"),
         ({"peak": 1000, "final": 890}, "ends with 890 parameters, below 90 %"),
     ],
 )
 def test_parameters_that_do_not_match_are_noted(counts, note):
     records = arms(budget_parameters=1200)
-    records[4] = dataclasses.replace(records[4], trainable_parameters={**counts, "other": 0})
+    records[4] = dataclasses.replace(records[4], trainable_parameters={**counts, "other": 10})
+    contrast = contrast_of(compare(records, resamples=QUICK), "gard")
+    assert contrast.p is not None
+    assert contrast.notes == () if note is None else any(note in text for text in contrast.notes)
+
+
+def big(records, method, **changes):
+    """The same, one arm with other counts of parameters."""
+    return [
+        dataclasses.replace(r, trainable_parameters={**r.trainable_parameters, **changes})
+        if r.comparison["method"] == method
+        else r
+        for r in records
+    ]
+
+
+def clearly_better(seeds=5):
+    return simulated(np.random.default_rng(0), {"uniform": 0.0, "gard": 3.0}, seeds=seeds)
+
+
+def changed(source, **comparison):
+    return dataclasses.replace(source, comparison={**source.comparison, **comparison})
+
+
+def test_what_exceeds_its_budget_is_shown_and_not_tested():
+    records = [changed(r, budget_parameters=1000) for r in clearly_better()]
+    assert contrast_of(compare(records, resamples=QUICK), "gard").verdict == "better"
+    contrast = contrast_of(compare(big(records, "gard", final=1001), resamples=QUICK), "gard")
+    assert contrast.verdict == "not tested"
+    assert contrast.p is None
+    assert contrast.difference > 0
+    assert contrast.notes[0] == "ends with 1,001 parameters, above the budget of 1,000"
+
+
+def test_what_is_trained_beside_the_adapter_is_compared():
+    contrast = contrast_of(
+        compare(big(clearly_better(), "gard", other=99), resamples=QUICK), "gard"
+    )
+    assert contrast.notes == ("trains 99 parameters beside the adapter, the reference 10",)
+
+
+@pytest.mark.parametrize("lost", ["gard", "uniform"])
+def test_who_lost_seeds_is_not_judged_by_the_others(lost):
+    """The arm that is left with its good seeds must not win by them, nor lose by the other's."""
+    records = clearly_better()
+    if lost == "uniform":
+        records = simulated(np.random.default_rng(0), {"uniform": 3.0, "gard": 0.0})
+    before = "better" if lost == "gard" else "worse"
+    assert contrast_of(compare(records, resamples=QUICK), "gard").verdict == before
+    failed = [
+        dataclasses.replace(r, status="failed", metrics={}, items=None)
+        if (r.comparison["method"], r.comparison["seed"]) == (lost, 4)
+        else r
+        for r in records
+    ]
+    contrast = contrast_of(compare(failed, resamples=QUICK), "gard")
+    assert contrast.p_corrected < 0.05
+    assert contrast.lost == ((1, 0) if lost == "gard" else (0, 1))
+    assert contrast.verdict == "no evidence"
+    assert any(f"not called {before}" in note for note in contrast.notes)
+    # The other direction is what survivors say against themselves.
+    turned = compare(failed, reference="gard", resamples=QUICK)
+    assert contrast_of(turned, "uniform").verdict == "no evidence"
+
+
+def test_a_pooled_verdict_needs_all_seeds_too():
+    records = [
+        r
+        for task in ("toy", "other")
+        for r in simulated(np.random.default_rng(0), {"uniform": 0.0, "gard": 3.0}, task=task)
+    ]
+    assert [row.verdict for row in compare(records, resamples=QUICK).pooled] == ["better"]
+    records[-1] = dataclasses.replace(records[-1], status="failed", metrics={}, items=None)
+    (row,) = compare(records, resamples=QUICK).pooled
+    assert (row.lost, row.verdict) == ((1, 0), "no evidence")
+
+
+def test_seeds_that_are_not_there_yet_are_noted_on_the_difference():
+    found = compare(clearly_better()[:-1], resamples=QUICK)
+    notes = contrast_of(found, "gard").notes
+    assert notes == ("not both have run with seed 4",)
+
+
+def test_rates_that_failed_in_the_search_are_noted():
+    trials = [
+        record(method, 0, phase="tune", lr=rate, status=status)
+        for method, rate, status in (
+            ("uniform", 1e-3, "finished"),
+            ("uniform", 1e-2, "finished"),
+            ("gard", 1e-3, "finished"),
+            ("gard", 1e-2, "failed"),
+        )
+    ]
+    notes = contrast_of(compare([*arms(), *trials], resamples=QUICK), "gard").notes
+    assert notes == ("learning rates that failed: 1, of the reference 0",)
+
+
+def test_settings_that_differ_are_noted():
+    def with_setting(record, steps, device):
+        return dataclasses.replace(
+            record, config={"config": {"steps": steps}}, environment={"device": device}
+        )
+
+    records = [
+        with_setting(r, *((99, "gpu") if r.comparison["method"] == "gard" else (10, "cpu")))
+        for r in arms()
+    ]
     notes = contrast_of(compare(records, resamples=QUICK), "gard").notes
-    assert notes == () if note is None else any(note in text for text in notes)
+    assert notes == ("steps: 99; of the reference 10", "device: gpu; of the reference cpu")
+    same = [with_setting(r, 10, "cpu") for r in arms()]
+    assert contrast_of(compare(same, resamples=QUICK), "gard").notes == ()
 
 
 def test_unequal_numbers_of_trials_are_noted():
@@ -297,3 +406,37 @@ def test_stability_of_allocations():
     assert gard.mean == pytest.approx((1 - 1 - 1) / 3)
     assert gard.share == pytest.approx((1 + 4 / 6 + 4 / 6) / 3)
     assert (flat.method, flat.mean, flat.share) == ("flat", 1.0, 1.0)
+
+
+def test_an_undefined_agreement_is_none_at_all_and_not_left_out():
+    """GARD's ranks may saturate in one calibration and not in the next: they disagree."""
+
+    def plan(seed, ranks):
+        made = record("gard", seed, phase="stability", metric=None)
+        return dataclasses.replace(made, items=None, metrics={}, ranks_over_time=[[0, ranks]])
+
+    same = {"a": 2, "b": 2, "c": 2}
+    records = [plan(0, same), plan(1, same), plan(2, {"a": 4, "b": 1, "c": 1})]
+    (found,) = compare(records).stability
+    assert (found.pairs, found.mean, found.low, found.high) == (3, pytest.approx(1 / 3), 0.0, 1.0)
+
+
+def test_another_metric_loses_neither_failures_nor_allocations():
+    """Records of what failed or only allocated name their task's own metric, and have no value."""
+    loss = {"metric": "eval_loss", "higher_is_better": False}
+    finished = [dataclasses.replace(changed(r, **loss), metrics={}) for r in arms()]
+    failed = record("gard", 9, status="failed", message="no memory")
+    planned = [
+        dataclasses.replace(
+            record("gard", seed, phase="stability"),
+            items=None,
+            metrics={},
+            ranks_over_time=[[0, {"a": 1, "b": 2 + seed}]],
+        )
+        for seed in range(9)
+    ]
+    found = compare([*finished, dataclasses.replace(failed, items=None), *planned])
+    assert found.tasks["toy"].metric == "eval_loss"
+    assert found.excluded == ()
+    assert cell_of(found, "gard").failed == 1
+    assert [row.pairs for row in found.stability] == [36]

@@ -1,5 +1,6 @@
 """One run of a grid: its record, its pairing with others, and what runs share."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import torch
 import yaml
 
 from gradrank.lab.compare.bench import Bench, warm_head
-from gradrank.lab.compare.carry import carry_out
+from gradrank.lab.compare.carry import COLD_HEAD, carry_out
 from gradrank.lab.compare.grid import GridRun, final_runs, stability_runs, tuning_runs
 from gradrank.lab.compare.recipe import Recipe
+from gradrank.lab.evaluate import evaluate
 from gradrank.lab.recipes import read
 from gradrank.record import RunRecord
 
@@ -117,12 +119,26 @@ def test_rates_are_chosen_on_examples_that_are_not_reported(tmp_path: Path, benc
     def blocks(data: object) -> set[tuple[int, ...]]:
         return {tuple(data[i]["input_ids"].tolist()) for i in range(len(data))}  # pyright: ignore
 
-    assert blocks(fresh["validation"].data.train) == blocks(fresh["test"].data.train)
+    chosen, reported = (fresh[split].data for split in ("validation", "test"))
+    assert blocks(chosen.train) == blocks(reported.train)
     tuned = carried(tuning_runs(recipe)[0], recipe, bench)
     final = carried(final_runs(recipe, {})[0], recipe, bench)
     assert tuned.items is not None
     assert final.items is not None
-    assert tuned.items["nll"] != final.items["nll"]
+    # Likelihoods differ by rate and seed anyway; the checksum is of nothing but what was read.
+    model = fresh["test"].loaded.model
+    assert tuned.items["digest"] == evaluate(model, chosen).outcomes["digest"]
+    assert final.items["digest"] == evaluate(model, reported).outcomes["digest"]
+    assert tuned.items["digest"] != final.items["digest"]
+
+
+def test_a_record_says_how_much_of_the_split_was_looked_at(tmp_path: Path, bench: Bench) -> None:
+    recipe = recipe_of(tmp_path, run={**RUN, "eval_batches": 2}, methods=["uniform"])
+    about = carried(final_runs(recipe, {})[0], recipe, bench).comparison
+    assert about is not None
+    assert about["data"]["eval_examples"] > 8
+    assert about["data"]["evaluated_examples"] == 8
+    assert about["data"]["evaluated_items"] == 8 * 15
 
 
 def test_an_arm_that_cannot_be_is_a_failed_record(tmp_path: Path, bench: Bench) -> None:
@@ -141,6 +157,81 @@ def test_other_calibrations_only_allocate(tmp_path: Path, bench: Bench) -> None:
     assert [record.kind for record in records] == ["plan", "plan"]
     assert [record.seeds["calibration"] for record in records] == [5, 6]
     assert not any(record.metrics for record in records)
+
+
+HEADED = {**RUN, "model": "tiny-bert", "task": "tiny-sentiment"}
+
+
+def test_calibrations_are_compared_anew_where_runs_share_a_fixed_one(
+    tmp_path: Path, bench: Bench
+) -> None:
+    recipe = recipe_of(
+        tmp_path,
+        run={**HEADED, "calibration_seed": 7},
+        calibration_seeds=[5, 6],
+        methods=["uniform", "waterfill"],
+    )
+    records = [carried(run, recipe, bench) for run in stability_runs(recipe)]
+    assert [record.seeds["calibration"] for record in records] == [5, 6]
+    assert len(list(bench.cache.glob("*.safetensors"))) == 2
+
+
+def test_a_plan_does_not_depend_on_which_run_measured_first(tmp_path: Path) -> None:
+    """A new head is of the run's seed, and gradients pass through it."""
+    recipe = recipe_of(
+        tmp_path,
+        run={**HEADED, "calibration_seed": 7},
+        seeds=[0, 1],
+        methods=["waterfill"],
+        reference="waterfill",
+    )
+    first, second = final_runs(recipe, {})
+    alone = carried(second, recipe, Bench(tmp_path / "alone"))
+    shared = Bench(tmp_path / "shared")
+    carried(first, recipe, shared)
+    after = carried(second, recipe, shared)
+    assert (after.ranks_over_time, after.metrics) == (alone.ranks_over_time, alone.metrics)
+    assert len(list(shared.cache.glob("*.safetensors"))) == 2
+
+
+def test_runs_of_several_rates_share_a_measurement_unless_the_rate_reaches_it(
+    tmp_path: Path, bench: Bench
+) -> None:
+    recipe = recipe_of(tmp_path, run=HEADED, methods=["waterfill"], reference="waterfill")
+    config = recipe.config(recipe.tasks[0], recipe.variants[0])
+    fresh = bench.load(config, "test", 0)
+    for rate in (1e-3, 1e-2):
+        bench.measurement(fresh, replace(config, lr=rate), recipe_signals(recipe, 0), 0)
+    assert len(list(bench.cache.glob("*.safetensors"))) == 1
+    for rate in (1e-3, 1e-2):
+        warmed = replace(config, lr=rate, head_steps=2)
+        bench.measurement(fresh, warmed, recipe_signals(recipe, 0), 0)
+    assert len(list(bench.cache.glob("*.safetensors"))) == 3
+
+
+def test_a_warmed_head_is_paid_for_and_warmed_alike_for_stability(
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(
+        tmp_path,
+        run={**HEADED, "head_steps": 2},
+        calibration_seeds=[5],
+        methods=["uniform", "waterfill"],
+    )
+    cell = ("tiny-sentiment", "waterfill", "uniform:2")
+    assert [run.config.lr for run in stability_runs(recipe, {cell: 0.5})] == [0.5]
+    config = recipe.config(recipe.tasks[0], recipe.variants[1])
+    monkeypatch.setattr("gradrank.lab.compare.bench.warm_head", lambda *_a: time.sleep(3))
+    found = bench.measurement(bench.load(config, "test", 0), config, recipe_signals(recipe), 0)
+    assert found.info["seconds"] >= 3
+
+
+def test_baselines_that_calibrate_below_a_cold_head_say_so(tmp_path: Path, bench: Bench) -> None:
+    recipe = recipe_of(
+        tmp_path, run={**HEADED, "head_steps": 2}, methods=["uniform", "lora-ga", "rslora"]
+    )
+    notes = [carried(run, recipe, bench).comparison or {} for run in final_runs(recipe, {})]
+    assert [COLD_HEAD in about["notes"] for about in notes] == [False, True, False]
 
 
 def test_a_moving_method_reports_its_peak_and_its_end(tmp_path: Path, bench: Bench) -> None:
@@ -182,7 +273,7 @@ def test_a_head_warms_up_for_the_measurement_only(tmp_path: Path, bench: Bench) 
     assert all(key.startswith("classifier") for key in changed)
 
 
-def recipe_signals(recipe: Recipe) -> tuple[object, ...]:
+def recipe_signals(recipe: Recipe, which: int = 1) -> tuple[object, ...]:
     from gradrank.methods.registry import create
 
-    return create(recipe.variants[1].method, {}).signals()
+    return create(recipe.variants[which].method, {}).signals()

@@ -11,6 +11,7 @@ from gradrank.core.errors import DataError, GradrankError
 from gradrank.lab.compare.config import RunConfig, run_config
 from gradrank.lab.compare.grid import GridRun, final_runs, stability_runs, tuning_runs
 from gradrank.lab.compare.recipe import Recipe
+from gradrank.lab.compare.run import NO_RATE, open_grid
 from gradrank.lab.compare.store import Found, Store
 from gradrank.lab.compare.tuning import chosen_rates
 from gradrank.lab.recipes import read
@@ -64,6 +65,20 @@ def test_rates_are_searched_with_other_seeds_and_equal_trials(recipe: Recipe) ->
     per_arm = {label: sum(run.label == label for run in runs) for label in ("uniform", "a/b")}
     assert per_arm == {"uniform": 4, "a/b": 4}
     assert {run.config.lr for run in runs} == {1e-3, 1e-2}
+
+
+def test_an_arm_of_which_no_rate_worked_fails_and_is_not_run_untuned(tmp_path: Path) -> None:
+    grid = open_grid(written(tmp_path), tmp_path / "out")
+    for run in grid.tuning():
+        bad = run.label == "dora"
+        grid.store.save(run, recorded(run, *((None, "failed") if bad else (1.0, "finished"))))
+    to_do = grid._tuned(grid.final())
+    assert {run.label for run in to_do} == {"uniform", "gard", "a/b"}
+    lost = [run for run in grid.final() if run.label == "dora"]
+    records = [grid.store.read([run]).records[run.id] for run in lost]
+    assert [record.status for record in records] == ["failed"] * len(lost)
+    assert all(NO_RATE in (record.comparison or {})["message"] for record in records)
+    assert grid.failures == [run.id for run in lost]
 
 
 def test_only_methods_that_measure_are_calibrated_again(recipe: Recipe) -> None:

@@ -38,6 +38,21 @@ def test_a_death_costs_its_job_and_nothing_else() -> None:
     assert dict(os.environ) == before
 
 
+def test_a_worker_that_dies_between_jobs_costs_nothing() -> None:
+    pool = Pool(echo, 1, ("w",))
+    try:
+        events = list(pool.run(["a"]))
+        first = pool._workers[0].process
+        first.kill()
+        first.join()
+        events += list(pool.run(["b", "c"]))
+        assert pool._workers[0].process.pid != first.pid
+    finally:
+        pool.close()
+    assert [e.job for e in events if e.kind == "done"] == ["a", "b", "c"]
+    assert not [e for e in events if e.kind == "died"]
+
+
 def test_workers_share_out_devices_and_threads() -> None:
     pool = Pool(echo, 2, ("",), devices=("0", "1"), threads=3)
     events = carried(pool, [1, 2, 3, 4, 5, 6])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gradrank.evidence.bootstrap import Spread, resampled, spread
+from gradrank.evidence.caveats import cell_notes, contrast_notes, lost_runs, refusal
 from gradrank.evidence.findings import Cell, Contrast, Outcome, Tuned
 from gradrank.evidence.items import Items
 from gradrank.evidence.metrics import Metric, find_metric
@@ -14,7 +15,6 @@ from gradrank.evidence.runs import Run
 
 CellKey = tuple[str, str]
 """Budget and method, in one task."""
-_LEAST = 0.9
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Table:
         finals: Runs by cell, failed ones included.
         columns: Column of ``replicates`` by budget, method and seed.
         replicates: The metric on resampled items, ``[R, runs]``.
-        tuned: Learning rates that were tried, by cell.
+        tuned: Learning rates that were tried, by cell, and whether each worked for all seeds.
     """
 
     task: str
@@ -41,7 +41,7 @@ class Table:
     finals: Mapping[CellKey, list[Run]]
     columns: Mapping[tuple[str, str, int], int]
     replicates: np.ndarray
-    tuned: Mapping[CellKey, set[float]] = field(default_factory=dict)
+    tuned: Mapping[CellKey, Mapping[float, bool]] = field(default_factory=dict)
 
     def allowed(self, budget: str) -> int | None:
         """Return the adapter parameters of a budget.
@@ -100,9 +100,10 @@ def table_of(
     runs: dict[CellKey, list[Run]] = defaultdict(list)
     for run in finals:
         runs[run.budget, run.method].append(run)
-    rates: dict[CellKey, set[float]] = defaultdict(set)
+    rates: dict[CellKey, dict[float, bool]] = defaultdict(dict)
     for trial in tuned:
-        rates[trial.budget, trial.method].add(trial.lr)
+        known = rates[trial.budget, trial.method]
+        known[trial.lr] = known.get(trial.lr, True) and trial.value is not None
     items = [found for _, found in outcomes]
     return Table(
         task=task,
@@ -151,7 +152,7 @@ def cell_of(table: Table, budget: str, method: str) -> Cell:
         high=high,
         lr=rates.pop() if len(rates) == 1 else None,
         matched=all(run.matched for run in runs),
-        notes=_cell_notes(outcomes, len(runs), failed, missing),
+        notes=cell_notes(outcomes, len(runs), failed, missing),
     )
 
 
@@ -181,18 +182,19 @@ def contrast_of(table: Table, cell: Cell, reference: Cell | None) -> tuple[Contr
         p=None,
         p_corrected=None,
         verdict="not tested",
-        notes=_contrast_notes(table, cell, reference),
+        notes=contrast_notes(table, cell, reference),
+        lost=lost_runs(cell, reference),
     )
-    refusal = _refusal(cell, reference, len(pairs), table.reference)
+    reason = refusal(table, cell, reference, len(pairs))
     if not pairs:
-        return replace(blank, notes=(refusal, *blank.notes)), None
+        return replace(blank, notes=(reason, *blank.notes)), None
     sign = 1.0 if table.metric.higher_is_better else -1.0
     difference = sign * float(np.mean([ours.value - other.value for ours, other in pairs]))
-    found = None if refusal else _spread_of(table, *zip(*pairs, strict=True), sign=sign)
+    found = None if reason else _spread_of(table, *zip(*pairs, strict=True), sign=sign)
     if found is not None and found.constant and difference:
-        refusal, found = "the difference is the same for every seed and item", None
+        reason, found = "the difference is the same for every seed and item", None
     if found is None:
-        return replace(blank, difference=difference, notes=(refusal, *blank.notes)), None
+        return replace(blank, difference=difference, notes=(reason, *blank.notes)), None
     low, high = found.interval()
     return replace(blank, difference=difference, low=low, high=high, p=found.p_value()), found
 
@@ -212,56 +214,3 @@ def _spread_of(
         theirs, resampled_theirs = both(others)
         values, replicates = values - theirs, replicates - resampled_theirs
     return spread(sign * values, sign * replicates, table.size)
-
-
-def _cell_notes(
-    outcomes: Sequence[Outcome], runs: int, failed: int, missing: Sequence[int]
-) -> tuple[str, ...]:
-    notes: list[str] = []
-    if failed:
-        notes.append(f"{failed} of {runs} runs failed; the others alone make the mean")
-    if missing:
-        notes.append(f"no run with seed {', '.join(str(seed) for seed in missing)}")
-    if len({outcome.lr for outcome in outcomes}) > 1:
-        notes.append("its runs have different learning rates")
-    if len(outcomes) == 1:
-        notes.append("one seed: no interval")
-    notes.extend(dict.fromkeys(note for outcome in outcomes for note in outcome.notes))
-    return tuple(notes)
-
-
-def _refusal(cell: Cell, reference: Cell | None, pairs: int, name: str) -> str:
-    """Return why a contrast is not tested, or an empty text."""
-    if not cell.matched:
-        return "not held to the budget"
-    if reference is None or not reference.outcomes:
-        return f"no finished run of {name} at this budget"
-    if not reference.matched:
-        return f"{name} is not held to the budget"
-    if pairs == 0:
-        return f"no seed that {name} has too" if cell.outcomes else "no finished run"
-    return "one pair of runs: no interval" if pairs == 1 else ""
-
-
-def _contrast_notes(table: Table, cell: Cell, reference: Cell | None) -> tuple[str, ...]:
-    notes: list[str] = []
-    allowed, held = table.allowed(cell.budget), table.held(cell.budget)
-    if cell.matched and cell.outcomes and allowed is not None:
-        peak = max(outcome.peak for outcome in cell.outcomes)
-        final = max(outcome.final for outcome in cell.outcomes)
-        if final > allowed:
-            notes.append(f"ends with {final:,} parameters, above the budget of {allowed:,}")
-        elif peak > allowed:
-            notes.append(f"has up to {peak:,} parameters on the way, budget {allowed:,}")
-    if cell.matched and cell.outcomes and held is not None:
-        least = min(outcome.final for outcome in cell.outcomes)
-        if least < _LEAST * held:
-            notes.append(f"ends with {least:,} parameters, below 90 % of the reference's {held:,}")
-    if cell.failed or (reference is not None and reference.failed):
-        notes.append("runs failed: the difference is over the seeds that both finished")
-    if any("different learning rates" in note for note in cell.notes):
-        notes.append("its runs have different learning rates")
-    tried = [len(table.tuned.get((cell.budget, m), ())) for m in (cell.method, table.reference)]
-    if tried[0] != tried[1]:
-        notes.append(f"learning rates tried: {tried[0]}, for the reference {tried[1]}")
-    return tuple(notes)

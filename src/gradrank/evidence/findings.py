@@ -32,6 +32,8 @@ class Outcome:
         ranks: Rank per target at the end.
         matched: Whether the arm is held to the budget.
         notes: What a reader of the result must know.
+        setting: What should be the same for all runs that are compared: steps, batch size, device
+            and dtype, as far as the record says.
     """
 
     run_id: str
@@ -51,6 +53,7 @@ class Outcome:
     ranks: Mapping[str, int] = field(default_factory=dict)
     matched: bool = True
     notes: tuple[str, ...] = ()
+    setting: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,8 @@ class Contrast:
         verdict: ``better`` or ``worse`` where ``p_corrected`` is below 0.05 and the interval
             excludes 0, else ``no evidence``; ``not tested`` where no test is possible or fair.
         notes: Why it was not tested, or what speaks against taking it at face value.
+        lost: Seeds on which the method's run failed and the reference's finished, and the other
+            way round. With the first it is never called better, with the second never worse.
     """
 
     task: str
@@ -123,6 +128,7 @@ class Contrast:
     p_corrected: float | None
     verdict: Verdict
     notes: tuple[str, ...] = ()
+    lost: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +148,7 @@ class Pooled:
         p_corrected: The same after Holm's correction over all pooled contrasts.
         verdict: As in a contrast.
         notes: Why it was not tested.
+        lost: As in a contrast, over all tasks.
     """
 
     budget: str
@@ -155,6 +162,7 @@ class Pooled:
     p_corrected: float | None
     verdict: Verdict
     notes: tuple[str, ...] = ()
+    lost: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +195,8 @@ class Stability:
         budget: Budget as in the recipe.
         method: Label of the arm.
         pairs: Pairs of plans.
-        mean: Mean over pairs of Spearman's correlation of the ranks; None where undefined.
+        mean: Mean over pairs of Spearman's correlation of the ranks; a pair of which only one plan
+            tells targets apart has none and counts as 0. None where nobody looked.
         low: Lowest of the pairs.
         high: Highest of the pairs.
         share: Mean over pairs of the share that the two plans have in common: of parameters where

@@ -40,7 +40,11 @@ def pool(cells: Sequence[Cell], contrasts: Sequence[Contrast], spreads: Spreads)
         if key not in rows and len(tasks[budget]) > 1:
             found = {t: spreads.get((t, budget, first.method)) for t in tasks[budget]}
             scales = {t: _scale(cells, t, budget) for t in tasks[budget]}
-            rows[key] = _row(first, found, scales)
+            lost = [c.lost for c in contrasts if (c.budget, c.method) == key]
+            rows[key] = replace(
+                _row(first, found, scales),
+                lost=(sum(ours for ours, _ in lost), sum(theirs for _, theirs in lost)),
+            )
     return judge(list(rows.values()))
 
 

@@ -12,6 +12,8 @@ from gradrank.evidence.metrics import METRICS, find_metric, metric_value
 from gradrank.record.run import RunRecord
 
 PHASES = ("tune", "final", "stability")
+_SAME = ("steps", "epochs", "batch_size", "accumulate", "train_examples")
+_MACHINE = ("device", "dtype")
 _AGREE = 1e-3
 """Records keep log-likelihoods to six digits, so their mean is not the metric to the last bit."""
 
@@ -175,9 +177,18 @@ def read_outcome(run: Run) -> tuple[Outcome, Items]:
             ranks=ranks_of(record, -1),
             matched=run.matched,
             notes=run.notes,
+            setting=_setting(record),
         ),
         items,
     )
+
+
+def _setting(record: RunRecord) -> dict[str, Any]:
+    given = record.config.get("config")
+    config = given if isinstance(given, Mapping) else {}
+    found = {name: config[name] for name in _SAME if name in config}
+    known = {name: record.environment[name] for name in _MACHINE if name in record.environment}
+    return {name.replace("_", " "): value for name, value in {**found, **known}.items()}
 
 
 def read_tuned(run: Run) -> float:

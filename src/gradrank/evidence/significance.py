@@ -77,5 +77,8 @@ def judge(rows: Sequence[Row]) -> list[Row]:
     for place, p in zip(tested, holm([rows[place].p or 0.0 for place in tested]), strict=True):
         old = rows[place]
         found = verdict(old.difference or 0.0, old.low or 0.0, old.high or 0.0, p)
+        # Who lost seeds was compared on those where it survived.
+        if (found == "better" and old.lost[0]) or (found == "worse" and old.lost[1]):
+            found = "no evidence"
         judged[place] = replace(old, p_corrected=p, verdict=found)
     return judged

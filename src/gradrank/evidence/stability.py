@@ -71,15 +71,16 @@ def stability_of(runs: Iterable[Run]) -> list[Stability]:
         agreements = [
             rank_agreement(ranks_of(a.record, 0), ranks_of(b.record, 0)) for a, b in pairs
         ]
-        known = [value for value in agreements if value is not None]
+        # Only one of the two tells targets apart: they agree on nothing that could be ordered.
+        known = [0.0 if value is None else value for value in agreements]
         shares = [value for pair in pairs if (value := _share(*pair)) is not None]
         found.append(
             Stability(
                 *cell,
                 pairs=len(pairs),
-                mean=float(np.mean(known)) if known else None,
-                low=min(known, default=None),
-                high=max(known, default=None),
+                mean=float(np.mean(known)),
+                low=min(known),
+                high=max(known),
                 share=float(np.mean(shares)) if shares else None,
             )
         )
