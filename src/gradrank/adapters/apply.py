@@ -12,6 +12,7 @@ from torch import nn
 
 from gradrank.adapters.config import stock_config
 from gradrank.adapters.forms import attach_partition
+from gradrank.adapters.precision import train_in_float32
 from gradrank.adapters.view import lora_sites
 from gradrank.core.errors import OptionError, PlanError, TargetError
 from gradrank.core.plan import Plan
@@ -35,7 +36,8 @@ def apply_plan(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: 
 
     Returns:
         The PEFT model, whose adapter has exactly ``plan.parameters`` parameters. 4-bit layers of
-        bitsandbytes in it are kept trainable through (:mod:`gradrank.ops.four_bit`).
+        bitsandbytes in it are kept trainable through (:mod:`gradrank.ops.four_bit`), and what is
+        trained is held in float32 (:mod:`gradrank.adapters.precision`).
 
     Raises:
         PlanError: If the model lacks a target, has it in another shape, or already carries an
@@ -64,6 +66,7 @@ def apply_plan(plan: Plan, model: nn.Module, lora_alpha: float = 16, **options: 
             raise PlanError(f"PEFT built other ranks than the plan: {wrong}.")
         _split_rows(plan, wrapped)
         keep_quantised_layout(wrapped)
+        train_in_float32(wrapped)
     return wrapped
 
 

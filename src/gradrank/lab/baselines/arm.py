@@ -99,6 +99,21 @@ class Baseline(Protocol):
         ...
 
 
+def widened(before: torch.dtype | None) -> tuple[str, ...]:
+    """Return the note of an arm that had to cast the whole model for its training.
+
+    Args:
+        before: Dtype of the model before; None if nothing was cast.
+
+    Returns:
+        One note or none.
+    """
+    if before is None:
+        return ()
+    kind = str(before).removeprefix("torch.")
+    return (f"The model was loaded in {kind} and is held in float32, in which it is trained.",)
+
+
 def frozen(model: nn.Module, head: Sequence[str]) -> None:
     """Freeze a model except for its task head.
 

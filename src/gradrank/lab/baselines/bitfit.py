@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gradrank.adapters.precision import to_float32
 from gradrank.core.errors import OptionError
-from gradrank.lab.baselines.arm import Built, Setting, frozen
+from gradrank.lab.baselines.arm import Built, Setting, frozen, widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,4 +52,5 @@ class BitFit:
             f"It trains {count:,} biases in {len(biases)} tensors, where the budget is "
             f"{setting.budget:,}: not matched."
         )
-        return Built(setting.model, notes=(note,))
+        # The whole model, since a layer cannot add a bias of another dtype than its weight's.
+        return Built(setting.model, notes=(note, *widened(to_float32(setting.model))))

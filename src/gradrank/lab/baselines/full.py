@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gradrank.adapters.precision import to_float32
 from gradrank.core.errors import OptionError
-from gradrank.lab.baselines.arm import Built, Setting
+from gradrank.lab.baselines.arm import Built, Setting, widened
 
 
 @dataclass(frozen=True, slots=True)
 class Full:
-    """All parameters of the model, embeddings, norms and the task head included."""
+    """All parameters of the model, embeddings, norms and the task head included; in float32."""
 
     name: ClassVar[str] = "full"
     summary: ClassVar[str] = "full fine-tuning (not matched to the budget)"
@@ -40,4 +41,4 @@ class Full:
         note = (
             f"It trains {count:,} parameters, where the budget is {setting.budget:,}: not matched."
         )
-        return Built(setting.model, notes=(note,))
+        return Built(setting.model, notes=(note, *widened(to_float32(setting.model))))
