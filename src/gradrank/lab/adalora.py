@@ -12,7 +12,9 @@ be known to read its numbers:
   one learning rate fits both: λ starts at zero between two random factors of size 0.02.
 - **Regulariser.** It is added to ``outputs.loss`` inside the model, in evaluation mode too (compare
   losses from logits), and is missing where the loss is made outside (label smoothing, a loss
-  function of the Trainer). With accumulation it counts once per micro-batch.
+  function of the Trainer), or where ``get_peft_model`` gets no ``task_type``: wrap models with
+  :func:`gradrank.lab.adalora_model.attach_adalora`. With accumulation it counts once per
+  micro-batch.
 - **Budget.** Ranks are counted, not parameters, and the threshold runs over all targets, so the
   final parameters follow from where the ranks went. Ties at the threshold are all pruned.
 """
@@ -284,6 +286,6 @@ def tuner_of(model: nn.Module) -> Any:
     if not isinstance(tuner, AdaLoraModel) or not hasattr(tuner, "rankallocator"):
         raise OptionError(
             f"a {type(unwrapped(model)).__name__} carries no trainable AdaLoRA adapter. Wrap the "
-            "base model with get_peft_model(model, adalora_config(...)) first."
+            "base model with attach_adalora(model, adalora_config(...)) first."
         )
     return tuner

@@ -3,15 +3,18 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peft import get_peft_model
-
-from gradrank.adapters.apply import all_or_nothing
 from gradrank.core.errors import BudgetError, OptionError
 from gradrank.core.targets import cost_of_rank_one
 from gradrank.lab.adalora import TargetRank, adalora_config, choose_target_rank
+from gradrank.lab.adalora_model import attach_adalora
 from gradrank.lab.adalora_run import AdaLoraCallback
 from gradrank.lab.baselines.arm import Built, Setting
 from gradrank.methods.method import option, require
+
+_REGULARISED = (
+    "Its training losses contain the orthogonal regulariser and are not comparable with other "
+    "arms'; evaluation losses do not."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +24,8 @@ class PeftAdaLora:
     The budget is for what is left at the end; on the way there is ``start`` times as much, as the
     method has it. See :mod:`gradrank.lab.adalora` for scale and counting. PEFT prunes ranks and
     not parameters: where targets cost differently, the outcome can lie on both sides of the
-    budget, unless ``strict``.
+    budget, unless ``strict``. Its training losses contain the orthogonal regulariser; evaluation
+    looks at logits and does not see it.
 
     **Source**: Zhang et al., AdaLoRA, arXiv 2303.10512, sections 3 and 4 (initial rank 1.5 times
     the final one); code of PEFT.
@@ -80,10 +84,12 @@ class PeftAdaLora:
             scaling=setting.scaling,
             **setting.peft_options,
         )
-        with all_or_nothing(setting.model):
-            model = get_peft_model(setting.model, config)  # pyright: ignore[reportArgumentType]
+        model = attach_adalora(setting.model, config)
         ranks = {target.name: initial for target in setting.targets}
-        return Built(model, AdaLoraCallback(), ranks, notes=(_note(setting, chosen, initial),))
+        notes = (_note(setting, chosen, initial),)
+        if self.orthogonality:
+            notes += (_REGULARISED,)
+        return Built(model, AdaLoraCallback(), ranks, notes=notes)
 
     def _ranks(self, setting: Setting) -> tuple[TargetRank, int]:
         """Return the largest mean final rank within the budget, and the initial rank to it."""
