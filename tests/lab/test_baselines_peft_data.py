@@ -17,7 +17,7 @@ from gradrank.core.errors import BudgetError, MeasurementError, OptionError
 from gradrank.core.targets import Target
 from gradrank.lab.adalora_run import AdaLoraCallback
 from gradrank.lab.baselines.arm import Batch, Setting
-from gradrank.lab.baselines.eva import within_budget
+from gradrank.lab.baselines.eva import _Passes, within_budget
 from gradrank.lab.baselines.eva_inputs import InputRows, explained, joined
 from gradrank.lab.baselines.lora_ga import first_factors
 from gradrank.lab.baselines.registry import create_baseline
@@ -193,14 +193,52 @@ def test_batches_of_different_lengths_are_joined_by_padding():
     assert whole["labels"][0].tolist() == [1, 1, 1, -100, -100]
 
 
-def test_no_data_no_rest_and_too_narrow_inputs_are_told():
+def test_no_data_and_too_narrow_inputs_are_told():
     with pytest.raises(MeasurementError, match="no calibration batch"):
         create_baseline("eva").build(setting_of("llama", batches=lambda _count: iter(())))
-    options = {"tau": 0.9999999, "passes": 1}
-    with pytest.raises(MeasurementError, match="stand still in 16 forward passes"):
-        create_baseline("eva", options).build(setting_of("llama"))
     with pytest.raises(BudgetError, match="needs 34 input features for rank 17"):
         create_baseline("eva").build(setting_of("llama", 17.0))
+
+
+@pytest.mark.parametrize("case", ["llama", "bert"])
+def test_directions_that_do_not_come_to_rest_are_taken_with_a_note(case):
+    setting = setting_of(case)
+    data = list(setting.batches(16))
+    seen = {t.name: inputs_of(setting, t.name, data) for t in setting.targets}
+    built = create_baseline("eva", {"tau": 0.9999999, "passes": 2}).build(setting)
+    assert [note for note in built.notes if "Not all directions stood still" in note] == [
+        built.notes[-1]
+    ]
+    spent = count_trainable(built.model)["adapter"]
+    assert setting.budget - max(t.cost for t in setting.targets) < spent <= setting.budget
+    for name, layer in lora_layers(built.model).items():
+        A = layer.lora_A["default"].weight.detach().double()
+        assert torch.allclose(A @ A.T, torch.eye(len(A), dtype=torch.float64), atol=1e-4)
+        centred = seen[name].double() - seen[name].double().mean(0)
+        caught = (centred @ A.T).square().sum() / centred.square().sum()
+        assert float(caught) > 0.8 * sum(principal_inputs(seen[name], len(A))[1].tolist())
+    assert not any(module._forward_hooks for module in built.model.modules())
+
+
+def test_directions_at_rest_have_no_such_note():
+    notes = create_baseline("eva", EXACT).build(setting_of("llama")).notes
+    assert not any("stood still" in note for note in notes)
+
+
+def test_directions_that_are_no_numbers_end_the_search():
+    class Blind:
+        def forward(self, _model: Any, _batch: Batch) -> None:
+            return None
+
+    passes = _Passes(Blind(), 3, 0.9)  # pyright: ignore[reportArgumentType]
+    for _ in range(4):
+        passes(None, {})
+    assert not passes.stopped
+    for _ in range(64):
+        passes(None, {})
+    with pytest.raises(MeasurementError, match="not finite"):
+        passes(None, {})
+    assert passes.stopped
 
 
 def test_a_target_without_input_is_named():

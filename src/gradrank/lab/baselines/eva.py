@@ -21,12 +21,16 @@ from gradrank.lab.baselines.eva_inputs import InputRows, explained
 from gradrank.lab.baselines.shared_peft import attach, lora_layers, used_ranks
 from gradrank.methods.method import option, require
 
+# Passes that PEFT gets to stop in once its stopping rule has been lowered, at least.
+_GRACE = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Eva:
     """LoRA whose A are principal directions of the inputs, as many per target as explain most.
 
-    PEFT finds the directions (incremental PCA, until they stand still) and hands out a budget of
+    PEFT finds the directions (incremental PCA, until they stand still, or for ``passes`` rounds,
+    whose last directions are taken as they are, with a note) and hands out a budget of
     *ranks* by explained variance, at most ``rho`` times the uniform rank per target. What is done
     here to keep a budget of *parameters*: PEFT gets the uniform rank of the budget, or the next
     ones if what comes out is below the budget; then the directions are taken in the order of the
@@ -41,7 +45,10 @@ class Eva:
     rho: float = option(2.0, "most ranks of a target, as a multiple of the uniform rank; 1..16")
     tau: float = option(0.99, "cosine similarity between steps at which a direction stands still")
     batches: int = option(16, "calibration batches, gone through until all directions stand still")
-    passes: int = option(50, "most times that the calibration batches are gone through")
+    passes: int = option(
+        50,
+        "rounds over the calibration batches, after which directions are taken as they are",
+    )
 
     name: ClassVar[str] = "eva"
     summary: ClassVar[str] = "ranks and start by the variance of the inputs (EVA)"
@@ -88,7 +95,7 @@ class Eva:
             f"explain least were left out to come to {plan.parameters:,}. The scale is "
             f"{setting.scaling:g} on every target."
         )
-        notes = (note, *search.inputs.notes)
+        notes = (note, *search.inputs.notes, *search.unsettled(rank))
         return Built(model, ranks=used_ranks(plan), notes=notes)
 
 
@@ -100,6 +107,17 @@ class _Search:
         self.batches = list(setting.batches(arm.batches))
         self.inputs = InputRows(setting.model, setting.targets, self.batches)
         self.groups: list[Batch] = []
+        self._stopped: set[int] = set()
+
+    def unsettled(self, rank: int) -> tuple[str, ...]:
+        """Return a note if the directions of a rank had not come to rest."""
+        if rank not in self._stopped:
+            return ()
+        arm = self.arm
+        return (
+            f"Not all directions stood still (cosine similarity {arm.tau:g} between steps) after "
+            f"{arm.passes} rounds over {len(self.groups)} batches; the last ones are taken.",
+        )
 
     def run(self, reference: int) -> tuple[int, dict[str, Tensor]]:
         """Return the rank that PEFT was given, and its directions, ``[rank, d_in]`` by target."""
@@ -137,31 +155,44 @@ class _Search:
             )
         most = min(most, limit)
         self.groups = self.inputs.grouped(2 * most)
+        passes = _Passes(self.inputs, self.arm.passes * len(self.groups), self.arm.tau)
         config = LoraConfig(
             r=rank,
             target_modules="^(?:"
             + "|".join(re.escape(t.name) for t in self.setting.targets)
             + ")$",
             init_lora_weights="eva",
-            eva_config=EvaConfig(rho=most / rank, tau=self.arm.tau),
+            eva_config=EvaConfig(rho=most / rank, tau=passes.tau),  # pyright: ignore
         )
         found = get_eva_state_dict(
             self.setting.model,
             self.groups,
             config,
-            forward_fn=_Passes(self.inputs, self.arm.passes * len(self.groups)),
+            forward_fn=passes,
             prepare_model_inputs_fn=self.inputs.mask_of,
             prepare_layer_inputs_fn=self.inputs.rows_of,
             show_progress_bar=False,
         )
+        if passes.stopped:
+            self._stopped.add(rank)
         return {t.name: found[t.name][: t.max_rank] for t in self.setting.targets}
 
 
 class _Passes:
-    """PEFT's forward function, which puts an end to a PCA that does not come to rest."""
+    """PEFT's forward function, which puts an end to a PCA that does not come to rest.
 
-    def __init__(self, inputs: InputRows, most: int) -> None:
+    How still is still enough only says when PEFT stops. It compares with the very tensor that it
+    is given, so that lowering it from here stops it at the directions that it has.
+
+    Attributes:
+        tau: The cosine similarity that PEFT compares with, a scalar.
+        stopped: Whether it had to be lowered.
+    """
+
+    def __init__(self, inputs: InputRows, most: int, tau: float) -> None:
         self.inputs, self.left, self.most = inputs, most, most
+        self.tau = torch.tensor(tau)
+        self.stopped = False
 
     def __call__(self, model: Any, batch: Batch) -> Any:
         """Run the model without its loss.
@@ -174,12 +205,15 @@ class _Passes:
             The model's output.
 
         Raises:
-            MeasurementError: If it ran often enough.
+            MeasurementError: If nothing stops it, since the directions are no numbers.
         """
         if self.left < 0:
+            self.stopped = True
+            self.tau.fill_(-2.0)  # below every cosine, but for NaN
+        if self.left < -max(self.most, _GRACE):
             raise MeasurementError(
-                f"'eva' found no directions that stand still in {self.most} forward passes. Raise "
-                "its option 'passes' or 'batches', or lower 'tau'."
+                f"the directions that 'eva' found in {self.most - self.left} forward passes are "
+                "not finite. Check the model and its data for infinite or constant inputs."
             )
         self.left -= 1
         return self.inputs.forward(model, batch)
