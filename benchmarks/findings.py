@@ -3,9 +3,10 @@
 Usage: python -m benchmarks.findings [--page docs/findings.md]
 
 Every pair of lines ``<!-- table FOLDER METRIC [REFERENCE] -->`` and ``<!-- end -->`` in the page
-gets what the finished runs in ``results/compare/FOLDER`` say; METRIC ``own`` is each task's own.
-``<!-- overview FOLDER ... -->`` gets one line per task and budget of these grids: how many arms
-were compared, and which of them differ from the reference with evidence. Nothing is trained.
+gets what the runs in ``results/compare/FOLDER`` say, failed ones and what speaks against a figure
+included; METRIC ``own`` is each task's own. ``<!-- overview FOLDER ... -->`` gets one line per task
+and budget of these grids: how many arms were tested, and which of them differ from the reference
+with evidence. Nothing is trained.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def overview(folders: Iterable[str]) -> str:
         folders: Names of grids under ``results/compare``.
     """
     lines = [
-        "| grid | task | budget | reference | other arms | better | worse | better by the loss | "
+        "| grid | task | budget | reference | arms tested | better | worse | better by the loss | "
         "worse by the loss |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -60,11 +61,15 @@ def overview(folders: Iterable[str]) -> str:
             here = [c for c in own.contrasts if (c.task, c.budget) == (task, budget)]
             there = [c for c in loss.contrasts if (c.task, c.budget) == (task, budget)]
             lines.append(
-                f"| {folder} | {task} | {budget} | {own.reference} | {len(here)} | "
+                f"| {folder} | {task} | {budget} | {own.reference} | {_tested(here)} | "
                 f"{_named(here, 'better')} | {_named(here, 'worse')} | "
                 f"{_named(there, 'better')} | {_named(there, 'worse')} |"
             )
     return "\n".join(lines)
+
+
+def _tested(contrasts: Iterable[Contrast]) -> int:
+    return sum(contrast.verdict != "not tested" for contrast in contrasts)
 
 
 def _named(contrasts: Iterable[Contrast], verdict: str) -> str:
@@ -100,8 +105,7 @@ def tables(folder: str, metric: str, reference: str | None) -> str:
     known = {(c.task, c.budget, c.method): c for c in found.contrasts}
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in found.cells:
-        if cell.mean is not None:
-            groups.setdefault((cell.task, cell.budget), []).append(cell)
+        groups.setdefault((cell.task, cell.budget), []).append(cell)
     return "\n".join(
         _table(task, budget, cells, known, found) for (task, budget), cells in groups.items()
     )
@@ -116,24 +120,34 @@ def _table(
 ) -> str:
     counts = found.tasks[task]
     higher = counts.higher_is_better
-    ordered = sorted(cells, key=lambda cell: cell.mean or 0.0, reverse=higher)
+    ordered = sorted(cells, key=lambda cell: _place(cell, higher))
     lines = [
         f"**{task}, budget {budget}** ({counts.metric}; {'higher' if higher else 'lower'} is "
         "better)",
         "",
-        f"| arm | parameters | rate | mean | sd over seeds | better than {found.reference} by, "
-        "95 % | p, corrected | verdict |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| arm | parameters | rate | seeds | mean | sd over seeds | better than {found.reference} "
+        "by, 95 % | p, corrected | verdict |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_row(cell, known.get((task, budget, cell.method))) for cell in ordered]
-    return "\n".join(lines) + "\n"
+    rows = [(cell, known.get((task, budget, cell.method))) for cell in ordered]
+    lines += [_row(cell, contrast) for cell, contrast in rows]
+    return "\n".join(lines + _remarks(rows)) + "\n"
+
+
+def _place(cell: Cell, higher: bool) -> tuple[bool, float]:
+    mean = cell.mean or 0.0
+    return cell.mean is None, -mean if higher else mean
 
 
 def _row(cell: Cell, contrast: Contrast | None) -> str:
     sizes = sorted({outcome.final for outcome in cell.outcomes})
-    spent = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    spent = f"{sizes[0]:,}" if sizes else ""
+    spent += f" to {sizes[-1]:,}" if len(sizes) > 1 else ""
+    rate = "" if cell.lr is None else f"{cell.lr:g}"
+    seeds = f"{len(cell.outcomes)}" + (f", {cell.failed} failed" if cell.failed else "")
+    mean = "" if cell.mean is None else f"{cell.mean:.3f}"
     sd = "" if cell.sd is None else f"{cell.sd:.3f}"
-    start = f"| {cell.method} | {spent} | {cell.lr:g} | {cell.mean:.3f} | {sd} | "
+    start = f"| {cell.method} | {spent} | {rate} | {seeds} | {mean} | {sd} | "
     if contrast is None:
         return start + "| | reference |"
     if contrast.low is None or contrast.high is None or contrast.p_corrected is None:
@@ -142,6 +156,17 @@ def _row(cell: Cell, contrast: Contrast | None) -> str:
         f"{contrast.difference:+.3f} [{contrast.low:+.3f}, {contrast.high:+.3f}] | "
         f"{contrast.p_corrected:.3f} | {contrast.verdict} |"
     )
+
+
+def _remarks(rows: Iterable[tuple[Cell, Contrast | None]]) -> list[str]:
+    """Return what speaks against taking figures at face value, one line for arms that share it."""
+    said: dict[str, list[str]] = {}
+    for cell, contrast in rows:
+        about = (*cell.notes, *(contrast.notes if contrast is not None else ()))
+        for note in dict.fromkeys(about):
+            said.setdefault(note, []).append(f"`{cell.method}`")
+    lines = [f"- {', '.join(arms)}: {note}." for note, arms in said.items()]
+    return ["", *lines] if lines else []
 
 
 if __name__ == "__main__":
