@@ -98,6 +98,17 @@ def test_chance_is_seeded_and_goes_by_names() -> None:
     assert chosen(TARGETS[::-1], choose="random", share=0.4) == first
 
 
+def test_chance_is_another_one_than_that_of_the_method_random() -> None:
+    targets = [gr.Target(f"layers.{i}.q", 8, 8) for i in range(20)]
+    common = []
+    for seed in range(50):
+        scores = gr.RandomScores(seed=seed).assess(targets, None).scores
+        likely = sorted(scores, key=lambda name: -scores[name])[:10]
+        common.append(len(chosen(targets, choose="random", seed=seed) & set(likely)))
+    # Ten of twenty twice: 5 in common on average, with a standard deviation of 1.15.
+    assert abs(sum(common) / 50 - 5) < 4 * 1.15 / 50**0.5
+
+
 def test_names_are_whole_ends() -> None:
     found = chosen(TARGETS, choose="names", pattern="q_proj, 3.mlp.up_proj")
     assert found == {f"layers.{i}.self_attn.q_proj" for i in range(5)} | {"layers.3.mlp.up_proj"}

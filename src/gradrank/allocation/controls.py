@@ -79,13 +79,14 @@ def _place(target: Target) -> tuple[str, int, str]:
     return target.stack, -1 if target.depth is None else target.depth, target.name
 
 
-def random_scores(targets: Sequence[Target], seed: int) -> dict[str, float]:
+def random_scores(targets: Sequence[Target], seed: int, salt: str = "") -> dict[str, float]:
     """Return random scores: independent exponential draws.
 
     Args:
         targets: The targets.
         seed: Seed; each draw depends on it and on the target's name only, so that neither the
             order of the targets nor the process matters.
+        salt: Who draws. Controls that are to be independent at the same seed need different ones.
 
     Returns:
         Positive score per target name, mean 1.
@@ -97,7 +98,7 @@ def random_scores(targets: Sequence[Target], seed: int) -> dict[str, float]:
     scores = {}
     for target in targets:
         # The top 53 bits, centred in their cell, so that the draw is in the open (0, 1).
-        draw = ((_hash(seed, target.name) >> 203) + 0.5) / 2**53
+        draw = ((_hash(seed, target.name, salt) >> 203) + 0.5) / 2**53
         scores[target.name] = -math.log(draw)
     return scores
 
@@ -200,6 +201,7 @@ def reverse_order(values: Mapping[str, float], targets: Sequence[Target]) -> dic
     return {target.name: donor[target.name] for target in targets}
 
 
-def _hash(seed: int, name: str) -> int:
+def _hash(seed: int, name: str, salt: str = "") -> int:
     """Return 256 random bits for a seed and a name, the same in every process."""
-    return int.from_bytes(hashlib.sha256(f"{int(seed)}\x00{name}".encode()).digest(), "big")
+    text = f"{int(seed)}\x00{name}" + (f"\x00{salt}" if salt else "")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")

@@ -1,11 +1,11 @@
-"""Gradient-norm allocation: the plainest signal, and a hard control to beat."""
+"""Gradient-norm allocation, with and without depth: the plainest signal, a hard control to beat."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gradrank.allocation import proportional
+from gradrank.allocation import depth_scores, proportional
 from gradrank.core.errors import MeasurementError
 from gradrank.core.targets import Target
 from gradrank.methods.method import Assessment, check_rank_bounds, check_sketch, option
@@ -16,6 +16,9 @@ from gradrank.signals.measurement import Measurement
 @dataclass(frozen=True, slots=True)
 class GradientNorm:
     """Rank in proportion to the root mean square of mini-batch gradient norms.
+
+    With ``depth`` these are multiplied by the scores of the method ``depth`` at its defaults: 0.5
+    in the first block of a stack, 1.5 in the last, linear between.
 
     Source:
         A common heuristic; a control.
@@ -28,6 +31,7 @@ class GradientNorm:
     r_min: int = option(0, "smallest rank of every target")
     r_max: int | None = option(None, "largest rank; none: min(d_in, d_out)")
     sketch_dim: int = option(128, "sketch size on either side")
+    depth: bool = option(False, "whether norms are weighted by depth, from 0.5 to 1.5")
 
     def __post_init__(self) -> None:
         check_rank_bounds(self.name, self.r_min, self.r_max)
@@ -38,7 +42,7 @@ class GradientNorm:
         return (Spectrum("sketch", self.sketch_dim),)
 
     def assess(self, targets: Sequence[Target], measurement: Measurement | None) -> Assessment:
-        """Return root-mean-square gradient norms.
+        """Return root-mean-square gradient norms, weighted by depth if that is asked for.
 
         Args:
             targets: The targets.
@@ -55,7 +59,9 @@ class GradientNorm:
         traces = {t.name: float(measurement.gram(t.name).trace()) for t in targets}
         if not any(traces.values()):
             raise MeasurementError(f"all {len(targets)} targets have a zero gradient.")
-        return Assessment({name: math.sqrt(max(trace, 0.0)) for name, trace in traces.items()})
+        norms = {name: math.sqrt(max(trace, 0.0)) for name, trace in traces.items()}
+        weights = depth_scores(targets) if self.depth else dict.fromkeys(norms, 1.0)
+        return Assessment({name: norm * weights[name] for name, norm in norms.items()})
 
     def ranks(
         self, targets: Sequence[Target], assessment: Assessment, budget: int

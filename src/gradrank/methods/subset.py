@@ -117,7 +117,8 @@ class Subset:
     def _ordered(self, targets: Sequence[Target]) -> list[Target]:
         """Return the targets, those first that a small budget buys first."""
         if self.choose == "random":
-            draw = draws(targets, self.seed)
+            # Of its own: at one seed, `random` and this are two controls and not one.
+            draw = draws(targets, self.seed, salt=self.name)
             return sorted(targets, key=lambda target: (-draw[target.name], target.name))
         blocks = _blocks(targets)
 
