@@ -247,16 +247,6 @@ def test_the_table_can_be_read(tmp_path: Path) -> None:
             {},
             "below the floor",
         ),
-        (
-            [{"method": "uniform", "budgets": ["uniform:4"]}, "gard"],
-            {"budgets": ["uniform:2", "uniform:4"]},
-            "the reference 'uniform' does not run there",
-        ),
-        (
-            ["uniform", {"method": "gard", "budgets": ["uniform:9"]}],
-            {"tasks": ["tiny-lm", "tiny-sentiment"]},
-            "gard: it runs at no budget",
-        ),
         (["uniform"], {"run": {"model": "tiny-llama", "data": "mine.csv"}}, "needs 'head'"),
     ],
 )

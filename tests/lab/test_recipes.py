@@ -17,6 +17,7 @@ from gradrank.lab.tasks import TASKS
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 FULL_SIZE = [path for path in RECIPES if path.parent.name == "recipes"]
+GRIDS = sorted((ROOT / "results" / "compare").glob("*/recipe.yaml"))
 WHOLE = {
     "schema": "gradrank.recipe/1",
     "name": "one",
@@ -231,7 +232,26 @@ def test_a_search_gives_every_method_as_many_trials(tmp_path: Path) -> None:
         ({"methods": [{"method": "gard"}]}, "reference 'uniform' is none of its methods"),
         ({"reference": "unifrom"}, "Did you mean 'uniform'"),
         ({"methods": [{"method": "uniform", "budgets": ["uniform:3"]}]}, "none of the recipe's"),
+        (
+            {
+                "tasks": ["tiny-lm", {"task": "tiny-sentiment", "budgets": [9000]}],
+                "methods": ["uniform", {"method": "gard", "budgets": ["uniform:3"]}],
+            },
+            "'gard' names the budget 'uniform:3', .* uniform:2, 5000, 9000",
+        ),
+        (
+            {"methods": [{"method": "uniform", "budgets": ["uniform:2"]}, "gard"]},
+            "budget '5000': the reference 'uniform' does not run there, .* these do: gard",
+        ),
+        (
+            {
+                "tasks": ["tiny-lm", {"task": "tiny-sentiment", "budgets": [9000]}],
+                "methods": [{"method": "uniform", "budgets": ["uniform:2", 5000]}, "gard"],
+            },
+            "task 'tiny-sentiment', budget '9000': the reference 'uniform' does not run",
+        ),
         ({"learning_rates": [1e-3]}, "no examples are held out"),
+        ({**SEARCH, "tuning_seeds": []}, "'tuning_seeds' is empty"),
         ({**SEARCH, "learning_rates": [1e-3, 1e-3]}, "different positive numbers"),
         ({**SEARCH, "learning_rates": [0]}, "different positive numbers"),
         ({**SEARCH, "tuning_seeds": [3]}, "seed 3 both chooses learning rates and is reported"),
@@ -247,6 +267,17 @@ def test_a_search_gives_every_method_as_many_trials(tmp_path: Path) -> None:
 def test_wrong_recipes_are_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
     with pytest.raises(GradrankError, match=said):
         read(written(tmp_path, **changes))
+
+
+def test_a_budget_at_which_nobody_runs_needs_no_reference(tmp_path: Path) -> None:
+    # Two budgets are the recipe's; both arms name one of them.
+    arms = [{"method": "uniform", "budgets": [5000]}, {"method": "gard", "budgets": [5000]}]
+    assert {budget for _, _, budget in cells(read(written(tmp_path, methods=arms)))} == {"5000"}
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.parent.name)
+def test_recipes_of_the_results_can_be_read_again(path: Path) -> None:
+    assert list(cells(read(path)))
 
 
 def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:

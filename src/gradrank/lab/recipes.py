@@ -104,12 +104,7 @@ def _check_whole(recipe: Recipe, where: str) -> None:
             f"{where}: the reference '{recipe.reference}' is none of its methods. "
             f"{nearest(recipe.reference, labels)}"
         )
-    overlap = sorted(set(recipe.seeds) & set(recipe.tuning_seeds))
-    if overlap:
-        raise OptionError(
-            f"{where}: seed {overlap[0]} both chooses learning rates and is reported. Take other "
-            "tuning_seeds."
-        )
+    _check_seeds(recipe, where)
     for task in recipe.tasks:
         trials = {len(recipe.rates_of(task, variant)) for variant in recipe.variants}
         if len(trials) > 1:
@@ -124,12 +119,45 @@ def _check_whole(recipe: Recipe, where: str) -> None:
                     f"{where}, task '{task.label}': learning rates are searched, and no examples "
                     "are held out to choose by. Set 'validation' (examples) under 'run'."
                 )
-            for budget in variant.budgets:
-                if budget not in (task.budgets or recipe.budgets) and len(recipe.tasks) == 1:
-                    raise OptionError(
-                        f"{where}: method '{variant.label}' names the budget '{budget}', which is "
-                        "none of the recipe's."
-                    )
+    _check_budgets(recipe, where)
+
+
+def _check_seeds(recipe: Recipe, where: str) -> None:
+    overlap = sorted(set(recipe.seeds) & set(recipe.tuning_seeds))
+    if overlap:
+        raise OptionError(
+            f"{where}: seed {overlap[0]} both chooses learning rates and is reported. Take other "
+            "tuning_seeds."
+        )
+    searched = any(recipe.rates_of(t, v) for t in recipe.tasks for v in recipe.variants)
+    if searched and not recipe.tuning_seeds:
+        raise OptionError(
+            f"{where}: learning rates are given, and 'tuning_seeds' is empty, so that none would "
+            "be searched. Name a seed that is not reported, or leave 'tuning_seeds' out."
+        )
+
+
+def _check_budgets(recipe: Recipe, where: str) -> None:
+    """Refuse budgets at which nobody runs, and those at which the reference does not."""
+    known = list(dict.fromkeys(b for t in recipe.tasks for b in t.budgets or recipe.budgets))
+    for variant in recipe.variants:
+        stray = next((budget for budget in variant.budgets if budget not in known), None)
+        if stray is not None:
+            raise OptionError(
+                f"{where}: method '{variant.label}' names the budget '{stray}', which is none of "
+                f"the recipe's or of a task's: {', '.join(known)}."
+            )
+    reference = next(v for v in recipe.variants if v.label == recipe.reference)
+    for task in recipe.tasks:
+        for budget in task.budgets or recipe.budgets:
+            arms = [v for v in recipe.variants if budget in recipe.budgets_of(task, v)]
+            if arms and reference not in arms:
+                raise OptionError(
+                    f"{where}, task '{task.label}', budget '{budget}': the reference "
+                    f"'{recipe.reference}' does not run there, so that nothing can be compared "
+                    f"with it; these do: {', '.join(arm.label for arm in arms)}. Name one that "
+                    "runs at every budget as 'reference', or leave the budget out."
+                )
 
 
 def _mapping(path: Path) -> dict[str, Any]:
