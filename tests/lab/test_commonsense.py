@@ -292,3 +292,14 @@ def test_tasks_read_their_own_data(tmp_path):
         assert task.parse(item.completion, item) == item.answer
         if name != MIXTURE:
             assert item.choices == ANSWERS[name]
+
+
+def test_every_item_has_choices_as_the_tasks_say(tmp_path: Path) -> None:
+    where = fill(tmp_path)
+    for task in commonsense.TASKS:
+        loaded = task.load(where)
+        assert loaded.reported is not None
+        assert task.choices
+        assert all(
+            prompt.choices for split in (loaded.train, loaded.reported) for prompt in split[0]
+        )

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradrank.core.errors import DataError
+from gradrank.core.errors import DataError, OptionError
 from gradrank.lab.benchmarks import gsm8k
 from gradrank.lab.benchmarks.gsm8k import load, normal_number, parse
 from gradrank.lab.benchmarks.task import Where
+from gradrank.lab.data import DataSpec, read_examples
 
 ROWS = [
     {"question": "How many are 2 and 3?", "answer": "They are 2+3=<<2+3=5>>5.\n#### 5"},
@@ -170,3 +172,12 @@ def test_task():
     assert (task.name, task.head, task.metric) == ("gsm8k", "instruct", "accuracy")
     assert task.parse is parse
     assert task.max_new_tokens == 256
+
+
+def test_without_choices_there_is_no_scoring_by_likelihood(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / "gsm8k" / f"{split}.jsonl", ROWS)
+    spec = DataSpec("gsm8k", data_dir=str(tmp_path))
+    assert read_examples(spec).scoring == "generate"
+    with pytest.raises(OptionError, match=r"'gsm8k' has no fixed choices.*Use scoring 'generate'"):
+        read_examples(replace(spec, scoring="likelihood"))

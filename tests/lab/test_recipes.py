@@ -252,6 +252,14 @@ def test_a_search_gives_every_method_as_many_trials(tmp_path: Path) -> None:
         ),
         ({"learning_rates": [1e-3]}, "no examples are held out"),
         ({**SEARCH, "tuning_seeds": []}, "'tuning_seeds' is empty"),
+        (
+            {"run": {**WHOLE["run"], "task": "gsm8k", "scoring": "likelihood"}},  # type: ignore[dict-item]
+            "task 'gsm8k' has no fixed choices, .* 'generate'",
+        ),
+        (
+            {"run": {**WHOLE["run"], "scoring": "likelyhood"}},  # type: ignore[dict-item]
+            "unknown scoring 'likelyhood'. Did you mean 'likelihood'",
+        ),
         ({**SEARCH, "learning_rates": [1e-3, 1e-3]}, "different positive numbers"),
         ({**SEARCH, "learning_rates": [0]}, "different positive numbers"),
         ({**SEARCH, "tuning_seeds": [3]}, "seed 3 both chooses learning rates and is reported"),
@@ -273,6 +281,12 @@ def test_a_budget_at_which_nobody_runs_needs_no_reference(tmp_path: Path) -> Non
     # Two budgets are the recipe's; both arms name one of them.
     arms = [{"method": "uniform", "budgets": [5000]}, {"method": "gard", "budgets": [5000]}]
     assert {budget for _, _, budget in cells(read(written(tmp_path, methods=arms)))} == {"5000"}
+
+
+def test_choices_are_scored_by_likelihood_and_other_tasks_beside_them_stay(tmp_path: Path) -> None:
+    run = {"model": "tiny-llama", "steps": 4, "scoring": "likelihood"}
+    recipe = read(written(tmp_path, run=run, tasks=["boolq", "commonsense-170k", "tiny-lm"]))
+    assert {recipe.config(t, recipe.variants[0]).scoring for t in recipe.tasks} == {"likelihood"}
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.parent.name)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gradrank.core.errors import DataError, OptionError, nearest
-from gradrank.lab.benchmarks.prompts import SCORINGS, Prompt
-from gradrank.lab.benchmarks.task import Loaded, Say, Task, Where
+from gradrank.lab.benchmarks.prompts import Prompt
+from gradrank.lab.benchmarks.task import Loaded, Say, Task, Where, check_scoring
 from gradrank.lab.columns import GUESSES, HEAD_COLUMNS, pick_columns
 from gradrank.lab.hub import read_public
 from gradrank.lab.labels import index_labels
@@ -112,8 +112,8 @@ def read_examples(spec: DataSpec, say: Say = None) -> Examples:
     if not 0.0 < spec.eval_fraction < 1.0:
         raise OptionError(f"eval_fraction is {spec.eval_fraction}; choose a share in (0, 1).")
     spec.choice.check()
-    if spec.scoring not in SCORINGS:
-        raise OptionError(f"unknown scoring '{spec.scoring}'. {nearest(spec.scoring, SCORINGS)}")
+    # A misspelt name is found before anything is read; whether there are choices only after.
+    check_scoring(spec.scoring, spec.source, head="", choices=True)
     task = _task(spec)
     if task is not None:
         loaded, head, metric = task.load(Where(spec.data_dir, say)), task.head, task.metric
@@ -135,6 +135,8 @@ def read_examples(spec: DataSpec, say: Say = None) -> Examples:
     if loaded.notes:
         about["note"] = " ".join(loaded.notes)
     train, evaluation, names = _split(loaded, head, spec, task)
+    choices = head == "instruct" and all(prompt.choices for prompt in evaluation.inputs)
+    check_scoring(spec.scoring, spec.source, head, choices)
     return Examples(head, train, evaluation, names, metric, about, task, spec.scoring)
 
 

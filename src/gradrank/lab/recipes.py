@@ -11,8 +11,10 @@ from typing import Any
 from gradrank.core.budget import Budget
 from gradrank.core.errors import DataError, OptionError, nearest
 from gradrank.lab.baselines.registry import create_baseline, find_baseline, is_baseline
+from gradrank.lab.benchmarks.task import check_scoring
 from gradrank.lab.compare.recipe import Recipe, TaskEntry, Variant
 from gradrank.lab.epochs import options_in_steps
+from gradrank.lab.tasks import TASKS
 from gradrank.methods.registry import METHODS, create
 from gradrank.presets.strict import read_yaml
 from gradrank.record.checks import shown
@@ -114,6 +116,9 @@ def _check_whole(recipe: Recipe, where: str) -> None:
             )
         for variant in recipe.variants:
             config = recipe.config(task, variant)
+            known = TASKS.get(config.task or "")
+            head, choices = (known.head, known.choices) if known else ("", False)
+            check_scoring(config.scoring, config.task or "", head, choices)
             if trials != {0} and not config.validation:
                 raise OptionError(
                     f"{where}, task '{task.label}': learning rates are searched, and no examples "

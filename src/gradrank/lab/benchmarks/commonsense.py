@@ -256,6 +256,7 @@ def _task(name: str, data: DataSet) -> Task:
         licence=data.licence,
         load=partial(load, name),
         parse=parse,
+        choices=True,
     )
 
 
@@ -270,5 +271,6 @@ TASKS: tuple[Task, ...] = (
         licence="those of its parts",
         load=load_mixture,
         parse=parse,
+        choices=True,
     ),
 )

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gradrank.lab.benchmarks.prompts import Parse
+from gradrank.core.errors import OptionError, nearest
+from gradrank.lab.benchmarks.prompts import SCORINGS, Parse
 
 Say = Callable[[str], None] | None
 Columns = tuple[list[Any], list[Any] | None]
@@ -57,6 +58,8 @@ class Task:
         parse: ``instruct`` only: finds the answer in what a model wrote, empty if there is none;
             None: answers are not generated.
         max_new_tokens: ``instruct`` only: longest answer that is generated, tokens.
+        choices: ``instruct`` only: whether every item names its allowed answers, so that they can
+            be scored by likelihood.
     """
 
     name: str
@@ -69,3 +72,25 @@ class Task:
     classes: tuple[str, ...] = ()
     parse: Parse | None = None
     max_new_tokens: int = 32
+    choices: bool = False
+
+
+def check_scoring(scoring: str, name: str, head: str, choices: bool) -> None:
+    """Refuse a way to find answers that a task does not allow.
+
+    Args:
+        scoring: The way; tasks that are not answered in words pass it over.
+        name: Name of the task.
+        head: Its head.
+        choices: Whether all its items name their allowed answers.
+
+    Raises:
+        OptionError: If the way is unknown, or needs choices that are not there.
+    """
+    if scoring not in SCORINGS:
+        raise OptionError(f"unknown scoring '{scoring}'. {nearest(scoring, SCORINGS)}")
+    if scoring == "likelihood" and head == "instruct" and not choices:
+        raise OptionError(
+            f"task '{name}' has no fixed choices, so its answers cannot be scored by likelihood. "
+            "Use scoring 'generate'."
+        )
