@@ -1,9 +1,10 @@
 """From a plan to what the Trainer needs: what moves capacity, the task head, the scale."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from gradrank.callback import CapacityCallback
 from gradrank.core.budget import Budget
@@ -12,9 +13,10 @@ from gradrank.core.plan import Plan
 from gradrank.core.targets import Target
 from gradrank.methods.registry import METHODS, create
 from gradrank.session import allocate
+from gradrank.signals.layers import head_beside_base
 
 HEAD_NAMES = ("score", "classifier", "classification_head")
-"""What transformers calls the module that a task head is."""
+"""What transformers calls the module that a task head is; :func:`head_modules` tells the rest."""
 
 
 def moving(plan: Plan, steps: int, seed: int) -> CapacityCallback | None:
@@ -40,11 +42,52 @@ def moving(plan: Plan, steps: int, seed: int) -> CapacityCallback | None:
 def head_modules(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the modules that are a model's task head.
 
+    Some heads are more than one module, of which the first ones have names that mean something
+    else elsewhere (DeBERTa's ``pooler``): those count where they stand beside the pre-trained
+    model.
+
     Args:
-        model: A model for classes.
+        model: A model for classes, without an adapter.
+
+    Returns:
+        Names of children of the model.
     """
     children = {name for name, _ in model.named_children()}
-    return tuple(name for name in HEAD_NAMES if name in children)
+    return (*(name for name in HEAD_NAMES if name in children), *head_beside_base(model))
+
+
+def head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a task head; beside an adapter those of its trained copy alone.
+
+    Args:
+        model: A model for classes, plain or wrapped by PEFT.
+
+    Returns:
+        Parameters, in model order.
+    """
+    if not hasattr(model, "peft_config"):
+        heads = head_modules(model)
+        return [p for name, p in model.named_parameters() if name.partition(".")[0] in heads]
+    return [p for name, p in model.named_parameters() if ".modules_to_save." in name]
+
+
+def stray_weights(model: PreTrainedModel, new: Collection[str]) -> list[str]:
+    """Return new, random matrices that nothing would train, because they are in no known head.
+
+    Args:
+        model: A model for classes, as loaded.
+        new: Names of all weights that its files lack.
+
+    Returns:
+        Names of those beside the pre-trained model and beside its head; vectors (norms and biases,
+        which begin as identities) are left out.
+    """
+    known = {*head_modules(model), model.base_model_prefix}
+    return [
+        name
+        for name, tensor in model.state_dict().items()
+        if name in new and tensor.dim() > 1 and name.partition(".")[0] not in known
+    ]
 
 
 def head_options(model: nn.Module, head: str) -> dict[str, Any]:

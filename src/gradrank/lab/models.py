@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from gradrank.core.errors import DataError, GradrankError, OptionError, nearest
+from gradrank.lab.arms import stray_weights
 from gradrank.lab.environment import resolve_device, resolve_dtype
 from gradrank.lab.locate import Say, known_models, locate
 from gradrank.lab.tiny import TINY_MODELS, byte_tokenizer, image_processor
@@ -232,6 +233,12 @@ def _load_weights(
         raise DataError(
             f"model '{location}' lacks {len(lost)} weights that its architecture needs, for "
             f"example '{lost[0]}': the files are incomplete or belong to another architecture."
+        )
+    stray = [] if head == "lm" else stray_weights(model, new)
+    if stray:
+        raise DataError(
+            f"model '{location}' has no weights for '{stray[0]}', which is no part of a task head "
+            "as gradrank knows them: it would stay random. Choose another model."
         )
     return model
 

@@ -16,6 +16,9 @@ ALL_LINEAR = "all-linear"
 
 # Heads that a fine-tuning run trains in full (PEFT's modules_to_save) or leaves alone.
 _HEADS = ("lm_head", "embed_out", "score", "classifier", "classification_head", "qa_outputs")
+# Parts of a task head that stand beside the pre-trained model: DistilBERT's, DeBERTa's, XLNet's. A
+# pooler within it (BERT's) is pre-trained, and so is all of a model without a head.
+_BESIDE_BASE = ("pre_classifier", "pooler", "sequence_summary", "logits_proj")
 _ADAPTER_PARTS = (".lora_", ".modules_to_save.", ".original_module.")
 
 
@@ -73,6 +76,23 @@ def find_sites(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> l
     names = select_names([*sites, *refused], list(targets))
     _refuse({name: refused[name] for name in names if name in refused}, "the targets include")
     return [sites[name] for name in sites if name in set(names)]
+
+
+def head_beside_base(model: nn.Module) -> tuple[str, ...]:
+    """Return the modules of a task head that are one only because of where they stand.
+
+    Args:
+        model: The model, plain or wrapped by PEFT.
+
+    Returns:
+        Names of modules beside the pre-trained model, in a fixed order; none where the model is
+        not known to hold a pre-trained one under a name of its own.
+    """
+    model = unwrapped(model)
+    first = {name.partition(".")[0] for name, _ in _base_modules(model)}
+    if getattr(model, "base_model_prefix", "") not in first - {""}:
+        return ()
+    return tuple(name for name in _BESIDE_BASE if name in first)
 
 
 def ambiguous_suffixes(model: nn.Module, targets: Sequence[Target]) -> bool:
@@ -198,6 +218,8 @@ def _is_adapter(name: str) -> bool:
 def _head_names(model: nn.Module, sites: dict[str, Site]) -> set[str]:
     """Names of output layers: the model's own output embedding and task heads."""
     heads = {name for name in sites if any(part in _HEADS for part in name.split("."))}
+    beside = head_beside_base(model)
+    heads |= {name for name in sites if name.partition(".")[0] in beside}
     getter = getattr(model, "get_output_embeddings", None)
     output = getter() if callable(getter) else None
     return heads | {name for name, site in sites.items() if site.module is output}
