@@ -57,7 +57,7 @@ def to_csv(view: View) -> str:
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in view.rows:
-        writer.writerow({key: _plain(value) for key, value in _fields(view, row).items()})
+        writer.writerow({key: plain(value) for key, value in _fields(view, row).items()})
     return buffer.getvalue()
 
 
@@ -66,12 +66,12 @@ def _fields(view: View, row: Row) -> dict[str, Any]:
     ends = row.interval or (None, None)
     difference = row.difference_interval or (None, None)
     return {
-        "task": _text(row.task),
-        "budget": _text(row.budget),
-        "method": _text(row.method),
-        "reference": _text(view.reference),
+        "task": plain_text(row.task),
+        "budget": plain_text(row.budget),
+        "method": plain_text(row.method),
+        "reference": plain_text(view.reference),
         "matched": cell.matched,
-        "metric": _text(view.metric(row.task)),
+        "metric": plain_text(view.metric(row.task)),
         "higher_is_better": view.higher_is_better(row.task),
         "mean": row.mean,
         "low": ends[0],
@@ -94,11 +94,19 @@ def _fields(view: View, row: Row) -> dict[str, Any]:
         "calibration_seconds": row.average("calibration_seconds"),
         "train_seconds": row.average("train_seconds"),
         "peak_memory_bytes": row.largest("peak_memory_bytes"),
-        "runs": _text(" ".join(label(each.run_id, 200) for each in row.outcomes)),
+        "runs": plain_text(" ".join(label(each.run_id, 200) for each in row.outcomes)),
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value as a CSV file holds it.
+
+    Args:
+        value: The value.
+
+    Returns:
+        ``yes`` or ``no``, a whole number without a point, nothing for None; else the value.
+    """
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
@@ -106,6 +114,14 @@ def _plain(value: Any) -> Any:
     return "" if value is None else value
 
 
-def _text(text: str) -> str:
+def plain_text(text: str) -> str:
+    """Return an untrusted text as a CSV file holds it.
+
+    Args:
+        text: The text.
+
+    Returns:
+        One line; what a spreadsheet would take for a formula begins with an apostrophe.
+    """
     shown = label(text, 10_000) if text else ""
     return f"'{shown}" if shown[:1] in {"=", "+", "-", "@"} else shown

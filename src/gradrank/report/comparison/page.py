@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gradrank.evidence.comparison import Comparison
 from gradrank.report.comparison.blocks import Part
+from gradrank.report.comparison.breakdown import parts_csv
 from gradrank.report.comparison.export import to_csv
 from gradrank.report.comparison.sections import Grown, all_parts, figures_of
 from gradrank.report.comparison.view import View, label, read_comparison
@@ -49,12 +50,13 @@ def write_comparison(
         overwrite: Whether existing files may be replaced.
         figures_dir: Folder for the figures; None writes none.
         formats: File formats of the figures: ``svg``, ``png``, ``pdf``.
-        csv: File for the table as CSV; None writes none.
+        csv: File for the table as CSV; None writes none. Where tasks have parts, theirs stand in
+            a second file, whose name ends in ``-parts``.
         finished: Finished runs of the grid, of all phases; None if unknown.
         planned: Runs that the grid has in all; None if unknown.
 
     Returns:
-        What was written: the page, the table, the figures.
+        What was written: the page, the tables, the figures.
     """
     kinds = [known_format(name) for name in dict.fromkeys(formats)]
     view = read_comparison(comparison)
@@ -62,6 +64,9 @@ def write_comparison(
     texts = {Path(out): _render(view, parts)}
     if csv is not None:
         texts[Path(csv)] = to_csv(view)
+        parts_text = parts_csv(view)
+        if parts_text:
+            texts[Path(csv).with_stem(f"{Path(csv).stem}-parts")] = parts_text
     drawn: dict[Path, Figure] = {}
     if figures_dir is not None:
         figures = [figure for part in parts for figure in figures_of(part.blocks)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gradrank.report.blocks import Facts, Gallery, Paragraph, Quote
 from gradrank.report.comparison.blocks import Entry, Fold, Grid, Line, Part, Piece, Points
+from gradrank.report.comparison.breakdown import parts_table
 from gradrank.report.comparison.figures_contrasts import contrast_figure, seeds_figure
 from gradrank.report.comparison.figures_cost import cost_figures
 from gradrank.report.comparison.figures_pareto import pareto_figure
@@ -178,6 +179,9 @@ def _by_task(view: View) -> Part:
         said = clean(info.describe, 400) if info is not None else ""
         pieces: list[Piece] = [Paragraph(said)] if said else []
         pieces.append(task_table(view, task, i + 1))
+        parts = parts_table(view, task, i + 1)
+        if parts is not None:
+            pieces.append(Fold("Part by part", [parts]))
         opened = len(tasks) <= _MOST_OPEN or i == 0
         folds.append(Fold(label(task), [*pieces, *_gallery(drawn)], opened))
     return Part("tasks", "Task by task", folds)
