@@ -2,10 +2,10 @@
 
 Usage: python -m benchmarks.study_overlap [RECIPE] [--data-dir DIR]
 
-For every pair of text tasks of the recipe: how many evaluated examples of the one are, letter for
-letter but for case, spaces and punctuation, evaluated or trained on in the other, with the recipe's own
-choice of examples. And within each task: how many of the examples that rates are chosen on are
-trained on as well. Nothing is trained.
+For every pair of text tasks of the recipe, with the recipe's own choice of examples: how many
+evaluated examples of the one are evaluated or trained on in the other, letter for letter but for
+case, spaces and punctuation. And within each task: how many of the examples that rates are chosen
+on are trained on as well. Nothing is trained.
 """
 
 import argparse
