@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from gradrank.core.errors import DataError
+from gradrank.lab.benchmarks import wikitext
 from gradrank.lab.benchmarks.glue import FORMS
 from gradrank.lab.benchmarks.wikitext import articles
 from gradrank.lab.data import DataSpec, read_examples
@@ -235,6 +236,64 @@ def test_wikitext_without_its_training_split(tmp_path):
     full = read_examples(DataSpec("wikitext2", **spec))
     assert full.train.inputs[0].startswith("= Train A")
     assert "note" not in full.describe
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """Take the tests' offline mode away, and what an earlier try found."""
+    wikitext.train_from_hub.cache_clear()
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    wikitext.train_from_hub.cache_clear()
+
+
+def halves(folder):
+    """Write the validation and the test split, as some folders have them; return the folder."""
+    for split in ("valid", "test"):
+        text = "".join(f" = {split} {i} = \n \n text {i} \n \n" for i in range(3))
+        write(folder / "wikitext2" / f"{split}.txt", text)
+    return str(folder)
+
+
+@pytest.mark.usefixtures("online")
+def test_the_hub_has_the_training_split_that_a_folder_lacks(monkeypatch, tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["", " = Hub A = \n", "", " one \n"]})
+    asked = on_hub(monkeypatch, train=rows, test=rows)
+    examples = read_examples(DataSpec("wikitext2", data_dir=halves(tmp_path)))
+    assert examples.train.inputs == ["= Hub A =\n\none\n"]
+    assert examples.eval.inputs[0].startswith("= test 0 =")
+    assert "from the public hub" in examples.describe["note"]
+    assert asked == [("Salesforce/wikitext", "wikitext-2-v1")]
+
+
+@pytest.mark.usefixtures("online")
+def test_without_the_hub_the_validation_split_is_trained_on_and_one_try_is_enough(
+    monkeypatch, tmp_path
+):
+    asked = []
+
+    def gone(*named):
+        asked.append(named)
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", gone)
+    for _ in range(2):
+        examples = read_examples(DataSpec("wikitext2", data_dir=halves(tmp_path)))
+        assert examples.train.inputs[0].startswith("= valid 0 =")
+        assert "Trained on the validation split" in examples.describe["note"]
+    assert len(asked) == 1
+
+
+@pytest.mark.usefixtures("online")
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
+def test_offline_the_hub_is_not_asked_for_the_training_split(monkeypatch, tmp_path, name):
+    rows = datasets.Dataset.from_dict({"text": ["", " = Hub A = \n", "", " one \n"]})
+    asked = on_hub(monkeypatch, train=rows, test=rows)
+    monkeypatch.setenv(name, "1")
+    examples = read_examples(DataSpec("wikitext2", data_dir=halves(tmp_path)))
+    assert examples.train.inputs[0].startswith("= valid 0 =")
+    assert asked == []
 
 
 def test_wikitext_from_the_hub(monkeypatch):

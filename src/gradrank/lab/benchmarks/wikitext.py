@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
-from gradrank.lab.benchmarks.find import find_file, from_hub
+from gradrank.core.errors import DataError
+from gradrank.lab.benchmarks.find import find_file, from_hub, offline
 from gradrank.lab.benchmarks.task import Columns, Loaded, Task, Where
 from gradrank.lab.hub import read_splits
 from gradrank.lab.readers import read_lines
@@ -25,16 +27,40 @@ def load(where: Where) -> Loaded:
         where: Where to look.
 
     Returns:
-        Articles of the training split and of the test split. A local folder without the training
-        split is trained on its validation split; the notes say so.
+        Articles of the training split and of the test split. Where a local folder has only the
+        validation and the test split, the training split is taken from the hub, and without the hub
+        the validation split is trained on; the notes say which.
     """
     train, valid, test = (find_file(where, _files(split)) for split in ("train", "valid", "test"))
     trained = train or valid
     if trained is None or test is None:
         wanted = " and ".join(f"'{_files(split)[0]}[.gz]'" for split in ("train", "test"))
         return from_hub("wikitext2", HUB, where, wanted, _from_hub)
-    notes = () if train else ("Trained on the validation split: the training split is not there.",)
-    return Loaded(_local(trained), _local(test), notes)
+    if train is not None:
+        return Loaded(_local(train), _local(test))
+    if not offline():
+        if where.say is not None:
+            where.say(f"the local folder lacks the training split; asking the hub for '{HUB}'")
+        found = train_from_hub()
+        if found is not None:
+            note = "The training split is from the public hub, the test split from a local folder."
+            return Loaded((list(found), None), _local(test), (note,))
+    note = "Trained on the validation split: the training split is not there."
+    return Loaded(_local(trained), _local(test), (note,))
+
+
+@cache
+def train_from_hub() -> tuple[str, ...] | None:
+    """Return the articles of the hub's training split, or None where they cannot be had.
+
+    The answer holds for the life of the process: without a network each try takes half a minute,
+    and runs of one grid should not train on different splits.
+    """
+    try:
+        (rows,) = read_splits(HUB, ("train",))
+    except DataError:
+        return None
+    return tuple(articles(str(row["text"]) for row in rows))
 
 
 def articles(lines: Iterable[str]) -> list[str]:
