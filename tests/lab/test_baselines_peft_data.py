@@ -1,5 +1,7 @@
 """Baselines on PEFT that look at data or move ranks: EVA, LoRA-GA and AdaLoRA."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -389,3 +391,29 @@ def test_adalora_refuses_quantized_targets_and_runs_without_steps():
         create_baseline("peft-adalora").build(setting_of("llama", targets=(quantized,)))
     with pytest.raises(OptionError, match="leave none of 0 steps"):
         create_baseline("peft-adalora").build(setting_of("llama", steps=0))
+
+
+def test_lora_ga_starts_from_gradients_behind_the_warmed_head():
+    inside: list[bool] = []
+
+    def factors(setting: Setting) -> Tensor:
+        model = create_baseline("lora-ga").build(setting).model
+        assert torch.equal(model.base_model.model.classifier.original_module.weight, cold)
+        layers = lora_layers(model).values()
+        return torch.cat([layer.lora_A["default"].weight.flatten() for layer in layers])
+
+    @contextlib.contextmanager
+    def warmed() -> Iterator[None]:
+        head: Any = plain.model.get_submodule("classifier")
+        with torch.no_grad():
+            head.weight.copy_(cold.flip(0) * 3)
+        inside.append(True)
+        yield
+        with torch.no_grad():
+            head.weight.copy_(cold)
+
+    plain = setting_of("vit")
+    cold = plain.model.get_submodule("classifier").weight.detach().clone()
+    other = factors(setting_of("vit", warmed=warmed, model=plain.model))
+    assert inside == [True]
+    assert not torch.allclose(other, factors(setting_of("vit")), atol=1e-3)

@@ -1,6 +1,7 @@
 """What a baseline gets and gives: a fresh model in, a model ready to be trained out."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -33,6 +34,9 @@ class Setting:
             ``lora_dropout``, as far as they apply.
         head: Names of the modules of a task head that is trained in full with every arm; empty
             for language modelling.
+        warmed: ``with warmed():`` has the head trained for the recipe's ``head_steps`` while the
+            block lasts, as for gradrank's own measurements, and puts it back; for arms that start
+            from gradients, which behind a new head are mostly noise.
     """
 
     model: nn.Module
@@ -45,6 +49,7 @@ class Setting:
     uniform: Callable[[int], Plan]
     peft_options: Mapping[str, Any] = field(default_factory=dict)
     head: tuple[str, ...] = ()
+    warmed: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass

@@ -101,7 +101,7 @@ class LoraGa:
             for batch in setting.batches(self.batches):
                 setting.model(**batch).loss.backward()
 
-        with warnings.catch_warnings():
+        with setting.warmed(), warnings.catch_warnings():
             # PEFT counts backward passes with hooks on modules whose inputs, behind frozen
             # embeddings, need no gradient; torch remarks on each.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
