@@ -159,11 +159,15 @@ def _row(cell: Cell, contrast: Contrast | None) -> str:
 
 
 def _remarks(rows: Iterable[tuple[Cell, Contrast | None]]) -> list[str]:
-    """Return what speaks against taking figures at face value, one line for arms that share it."""
+    """Return what speaks against taking figures at face value, one line for arms that share it.
+
+    What an arm says of itself, how it was built, is left to the report.
+    """
     said: dict[str, list[str]] = {}
     for cell, contrast in rows:
+        own = {note for outcome in cell.outcomes for note in outcome.notes}
         about = (*cell.notes, *(contrast.notes if contrast is not None else ()))
-        for note in dict.fromkeys(about):
+        for note in dict.fromkeys(note for note in about if note not in own):
             said.setdefault(note, []).append(f"`{cell.method}`")
     lines = [f"- {', '.join(arms)}: {note}." for note, arms in said.items()]
     return ["", *lines] if lines else []
