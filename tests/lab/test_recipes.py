@@ -1,6 +1,9 @@
 """Recipes: every one in the repository is whole, and wrong ones are refused with what is wrong."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +16,7 @@ from gradrank.lab.compare.grid import cells, final_runs, stability_runs, tuning_
 from gradrank.lab.compare.recipe import Recipe
 from gradrank.lab.recipes import read
 from gradrank.lab.tasks import TASKS
+from gradrank.methods.registry import create
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -140,6 +144,48 @@ def test_settings_of_pilora_are_those_of_its_tables() -> None:
     both = [llama.config(task, llama.variants[0]) for task in llama.tasks]
     assert [config.lr for config in both] == [2e-4, 1e-4]
     assert {(c.batch_size, c.epochs, c.warmup, c.lora_alpha) for c in both} == {(16, 3.0, 100, 64)}
+
+
+def effective(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of an igu arm with what stands for those that are left out."""
+    found = asdict(create("igu", dict(options)))
+    alone = found["estimator"] == "unbiased"
+    for name, value in (("segments", 8 if alone else 20), ("aggregate", 8 if alone else 1)):
+        found[name] = found[name] or value
+    return found
+
+
+@pytest.mark.parametrize("name", ["igu-figure-3", "igu-figure-4", "igu-ablation"])
+def test_sweeps_of_igu_change_one_option_of_the_papers_estimator(name: str) -> None:
+    recipe = read(next(path for path in RECIPES if path.stem == name))
+    arms = {v.label: effective(v.options) for v in recipe.variants if v.method == "igu"}
+    base = arms["igu"]
+    wanted = {"estimator": "stochastic", "segments": 20, "aggregate": 1, "beta1": 0.85}
+    assert {key: base[key] for key in wanted} == wanted
+    swept = [label for label in arms if label not in {"igu", "unbiased", "as-code", "no-alpha"}]
+    assert {label[0] for label in swept} >= {"M", "N", "b"}
+    for label in swept:
+        changed = [key for key in base if arms[label][key] != base[key]]
+        assert len(changed) == 1, (label, changed)
+    assert arms["unbiased"]["estimator"] == "unbiased"
+    assert len({str(arm) for arm in arms.values()}) == len(arms)
+
+
+def test_recipes_of_igu_at_full_size_share_their_length() -> None:
+    for path in FULL_SIZE:
+        if path.stem.startswith("igu-"):
+            recipe = read(path)
+            for task in recipe.tasks:
+                assert recipe.config(task, recipe.variants[0]).epochs == 5, path.stem
+
+
+def test_every_recipe_of_igu_has_an_arm_with_the_papers_estimator() -> None:
+    for path in RECIPES:
+        if path.stem.startswith("igu-"):
+            found = [effective(v.options) for v in read(path).variants if v.method == "igu"]
+            assert any(
+                (arm["estimator"], arm["segments"]) == ("stochastic", 20) for arm in found
+            ), path.stem
 
 
 def _layer(*sizes: tuple[int, int]) -> list[Target]:

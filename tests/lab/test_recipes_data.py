@@ -23,6 +23,7 @@ HERE = {"gsm8k", "boolq", "arc-e", "arc-c", "obqa"}
 # Tokens of the longest training solution of GSM8K by SmolLM2's tokenizer, and of what stands beside
 # it at least: one token of the question and the end. The test below counts them where it can.
 LONGEST_SOLUTION = 454 + 2
+ARTICLES = 60  # of WikiText-2's validation split
 
 
 def instructed(path: Path) -> Iterator[RunConfig]:
@@ -39,6 +40,22 @@ def test_recipes_have_room_for_the_longest_solution(path: Path) -> None:
     found = [config for config in instructed(path) if config.task == "gsm8k"]
     # None would be 256 tokens.
     assert [c.max_length for c in found if (c.max_length or 256) < LONGEST_SOLUTION] == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_hold_out_few_articles(path: Path) -> None:
+    recipe = read(path)
+    configs = [recipe.config(task, recipe.variants[0]) for task in recipe.tasks]
+    # Where only the validation split can be had, it is what is trained on, and held out of.
+    found = [config.validation for config in configs if config.task == "wikitext2"]
+    assert [count for count in found if count > ARTICLES // 2] == []
+
+
+def test_the_validation_split_has_as_many_articles_as_stated() -> None:
+    if not (DATA / "wikitext2").is_dir():
+        pytest.skip("needs the shared data")
+    examples = read_examples(DataSpec("wikitext2", data_dir=str(DATA)))
+    assert len(examples.train.inputs) == ARTICLES
 
 
 @pytest.fixture(scope="module")

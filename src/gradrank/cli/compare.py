@@ -38,7 +38,7 @@ _RUNNING = "Running"
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Folder with public data (glue/, commonsense/, gsm8k/, ...); default: GRADRANK_DATA, then "
-    "the hub.",
+    "the hub (commonsense: only from a folder).",
 )
 @extra(
     _RUNNING,
