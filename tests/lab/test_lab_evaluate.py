@@ -122,7 +122,6 @@ def test_the_draw_reaches_all_of_a_split_and_is_of_no_seed():
     assert len(places) == 48
     quarters = [sum(4878 * q <= 4 * place < 4878 * (q + 1) for place in places) for q in range(4)]
     assert min(quarters) >= 5
-    np.random.seed(1)
     torch.manual_seed(1)
     assert drawn(4878, 4, 12) == places
 

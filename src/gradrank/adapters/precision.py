@@ -6,12 +6,15 @@ float32 for that reason, but the copies of whole modules that it trains beside t
 (``modules_to_save``: task heads) keep the dtype of the base.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -30,8 +33,37 @@ def train_in_float32(model: nn.Module) -> None:
             for trained in module.modules_to_save.values():
                 before = to_float32(trained)
                 if before is not None:
-                    trained.register_forward_pre_hook(_Cast(torch.float32), with_kwargs=True)
-                    trained.register_forward_hook(_CastBack(before))
+                    _cast_around(trained, before)
+
+
+@contextlib.contextmanager
+def held_in_float32(module: nn.Module) -> Iterator[None]:
+    """Hold a module in float32 while it is trained inside the block, and round it afterwards.
+
+    Args:
+        module: The module; its neighbours stay as they are.
+
+    Yields:
+        Nothing.
+    """
+    tensors = [(tensor, tensor.dtype) for tensor in (*module.parameters(), *module.buffers())]
+    before = to_float32(module)
+    handles = [] if before is None else _cast_around(module, before)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for tensor, dtype in tensors:
+            tensor.data = tensor.data.to(dtype)
+            tensor.grad = None
+
+
+def _cast_around(module: nn.Module, neighbours: torch.dtype) -> list[RemovableHandle]:
+    return [
+        module.register_forward_pre_hook(_Cast(torch.float32), with_kwargs=True),
+        module.register_forward_hook(_CastBack(neighbours)),
+    ]
 
 
 def to_float32(module: nn.Module) -> torch.dtype | None:

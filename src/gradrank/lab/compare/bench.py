@@ -1,5 +1,7 @@
 """What the runs of one worker share: read data, and measurements on disk."""
 
+import contextlib
+import copy
 import hashlib
 import json
 import time
@@ -12,6 +14,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from gradrank.adapters.precision import held_in_float32
 from gradrank.core.errors import GradrankError
 from gradrank.lab.arms import head_modules
 from gradrank.lab.baselines.arm import frozen
@@ -176,17 +179,11 @@ class Bench:
     def _measure(
         self, fresh: Loaded, config: RunConfig, signals: Sequence[Signal], seed: int
     ) -> Measurement:
-        model = fresh.loaded.model
-        head = head_modules(model)
-        kept = {name: model.get_submodule(name).state_dict() for name in head}
-        kept = {name: {k: v.clone() for k, v in state.items()} for name, state in kept.items()}
         started = time.perf_counter()
-        with PeakMemory(fresh.device) as memory:
-            if head and config.head_steps:
-                warm_head(fresh, config, head, seed)
-            warmed = time.perf_counter() - started
+        with PeakMemory(fresh.device) as memory, warmed(fresh, config, seed):
+            warming = time.perf_counter() - started
             found = measure(
-                model,
+                fresh.loaded.model,
                 fresh.data.batches(config.batches * config.accumulate, config.batch_size, seed),
                 signals,
                 config.targets,
@@ -194,9 +191,7 @@ class Bench:
                 accumulate=config.accumulate,
                 seed=seed,
             )
-        for name, state in kept.items():
-            model.get_submodule(name).load_state_dict(state)
-        seconds = warmed + float(found.info.get("seconds") or 0.0)
+        seconds = warming + float(found.info.get("seconds") or 0.0)
         return replace(
             found, info={**found.info, "seconds": seconds, "peak_memory_bytes": memory.peak}
         )
@@ -219,6 +214,30 @@ class Bench:
         )
 
 
+@contextlib.contextmanager
+def warmed(fresh: Loaded, config: RunConfig, seed: int) -> Iterator[None]:
+    """Have a new head trained for the recipe's ``head_steps`` while the block lasts.
+
+    Args:
+        fresh: The model; the head is put back afterwards.
+        config: Steps, batch size and rate.
+        seed: Seed of the calibration.
+
+    Yields:
+        Nothing.
+    """
+    model: nn.Module = fresh.loaded.model
+    head = head_modules(model) if config.head_steps else ()
+    kept = {name: copy.deepcopy(model.get_submodule(name).state_dict()) for name in head}
+    if head:
+        warm_head(fresh, config, head, seed)
+    try:
+        yield
+    finally:
+        for name, state in kept.items():
+            model.get_submodule(name).load_state_dict(state)
+
+
 def warm_head(fresh: Loaded, config: RunConfig, head: Sequence[str], seed: int) -> None:
     """Train a new head alone for a few steps, so that gradients below it are not noise.
 
@@ -231,13 +250,15 @@ def warm_head(fresh: Loaded, config: RunConfig, head: Sequence[str], seed: int) 
     model: nn.Module = fresh.loaded.model
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     frozen(model, head)
-    chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(chosen, lr=config.lr, weight_decay=0.0)
-    for batch in fresh.batches(config.head_steps, config.batch_size, seed + 1):
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    optimizer.zero_grad()
+    with contextlib.ExitStack() as stack:
+        for name in head:
+            stack.enter_context(held_in_float32(model.get_submodule(name)))
+        chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(chosen, lr=config.lr, weight_decay=0.0)
+        for batch in fresh.batches(config.head_steps, config.batch_size, seed + 1):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
     for name, parameter in model.named_parameters():
         parameter.requires_grad = before[name]
 

@@ -16,10 +16,10 @@ from gradrank.core.errors import GradrankError
 from gradrank.core.plan import Plan
 from gradrank.core.shortage import is_out_of_memory
 from gradrank.evidence.metrics import METRICS
-from gradrank.lab.arms import HEAD_NAMES, head_modules, head_options, moving, shared_scale
+from gradrank.lab.arms import head_modules, head_options, head_parameters, moving, shared_scale
 from gradrank.lab.baselines.arm import Built, Setting
 from gradrank.lab.baselines.registry import create_baseline, is_baseline
-from gradrank.lab.compare.bench import Bench, Loaded
+from gradrank.lab.compare.bench import Bench, Loaded, warmed
 from gradrank.lab.compare.grid import STABILITY, TUNE, GridRun
 from gradrank.lab.compare.recipe import Recipe
 from gradrank.lab.encode import size_of
@@ -35,7 +35,6 @@ from gradrank.signals.layers import base_parameters
 
 Progress = Callable[[int, int, float, float], None]
 _HEADLESS = {"lm", "instruct"}
-COLD_HEAD = "reads its batches below a new head: head_steps warms it for methods only"
 
 
 def carry_out(
@@ -108,7 +107,7 @@ def _fill(record: RunRecord, run: GridRun, bench: Bench, on_progress: Progress |
         record.trainable_parameters = {"peak": arm.planned, "final": arm.planned, "other": 0}
         return
     settings = config.settings(run.seed, size_of(fresh.data.train))
-    head = sum(p.numel() for p in _head_parameters(built.model) if p.requires_grad)
+    head = sum(p.numel() for p in head_parameters(built.model) if p.requires_grad)
     trainable = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
     scratch = Path(tempfile.mkdtemp(prefix="gradrank-"))
     try:
@@ -182,7 +181,6 @@ class _Arm:
         self.matched, self.plan, self.planned = True, None, 0
         self.measure_seconds = self.saved_seconds = 0.0
         self.reliability: dict[str, Any] = {}
-        self.calibrated = False
         step = run.config.batch_size * run.config.accumulate
         self.options = options_in_steps(run.options, size_of(fresh.data.train), step)
 
@@ -193,10 +191,7 @@ class _Arm:
         baseline = create_baseline(self.run.method, self.options)
         self.matched = bool(baseline.matched)
         torch.manual_seed(self.run.seed)
-        built = baseline.build(self.setting())
-        if self.calibrated and self.run.config.head_steps and self.fresh.head_seed is not None:
-            built.notes = (*built.notes, COLD_HEAD)
-        return built
+        return baseline.build(self.setting())
 
     def setting(self) -> Setting:
         """Return what a baseline may use."""
@@ -204,7 +199,6 @@ class _Arm:
         calibration = _calibration_seed(self.run)
 
         def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
-            self.calibrated = True
             return self.fresh.batches(count, config.batch_size, calibration)
 
         head = self.fresh.loaded.head
@@ -219,6 +213,7 @@ class _Arm:
             uniform=self._uniform,
             peft_options=self._peft_options(),
             head=() if head in _HEADLESS else head_modules(self.model),
+            warmed=lambda: warmed(self.fresh, config, calibration),
         )
 
     def scaling(self) -> float:
@@ -292,10 +287,3 @@ def _about(run: GridRun, recipe: Recipe) -> dict[str, Any]:
         "notes": [],
         "message": "",
     }
-
-
-def _head_parameters(model: Any) -> Iterator[torch.nn.Parameter]:
-    for name, parameter in model.named_parameters():
-        # PEFT keeps a trained copy under modules_to_save.
-        if set(HEAD_NAMES) & set(name.split(".")[:4]) and ".lora_" not in name:
-            yield parameter
