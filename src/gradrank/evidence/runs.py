@@ -9,11 +9,13 @@ from gradrank.core.errors import DataError
 from gradrank.evidence.findings import Outcome
 from gradrank.evidence.items import Items, read_items
 from gradrank.evidence.metrics import METRICS, find_metric, metric_value
+from gradrank.evidence.shapes import is_whole, ranks_of
 from gradrank.record.run import RunRecord
 
 PHASES = ("tune", "final", "stability")
 _SAME = ("steps", "epochs", "batch_size", "accumulate", "train_examples")
 _MACHINE = ("device", "dtype")
+_DATA = ("train_examples", "train_tokens", "note")
 _AGREE = 1e-3
 """Records keep log-likelihoods to six digits, so their mean is not the metric to the last bit."""
 
@@ -68,7 +70,7 @@ class Run:
         stated = about.get("budget_parameters")
         budget = plan.get("budget")
         planned = budget.get("parameters") if isinstance(budget, Mapping) else None
-        return next((n for n in (stated, planned) if _is_whole(n)), None)
+        return next((n for n in (stated, planned) if is_whole(n)), None)
 
     @property
     def message(self) -> str:
@@ -108,7 +110,7 @@ def read_run(record: RunRecord) -> Run:
     words = {name: _text(about, name) for name in ("recipe", "phase", "task", "method", "budget")}
     if words["phase"] not in PHASES:
         raise DataError(f"its phase is {words['phase']!r}, none of {', '.join(PHASES)}")
-    if not _is_whole(about.get("seed")):
+    if not is_whole(about.get("seed")):
         raise DataError(f"its seed is {about.get('seed')!r}, no whole number")
     rate, matched, notes = about.get("lr"), about.get("matched", True), about.get("notes") or []
     if rate is not None and _number(rate) is None:
@@ -156,7 +158,7 @@ def read_outcome(run: Run) -> tuple[Outcome, Items]:
         )
     counts = [record.trainable_parameters.get(name) for name in ("peak", "final")]
     other = record.trainable_parameters.get("other", 0)
-    if not all(_is_whole(count) for count in (*counts, other)):
+    if not all(is_whole(count) for count in (*counts, other)):
         raise DataError("it does not say how many parameters it trained")
     return (
         Outcome(
@@ -188,6 +190,10 @@ def _setting(record: RunRecord) -> dict[str, Any]:
     config = given if isinstance(given, Mapping) else {}
     found = {name: config[name] for name in _SAME if name in config}
     known = {name: record.environment[name] for name in _MACHINE if name in record.environment}
+    described = (record.comparison or {}).get("data")
+    data = described if isinstance(described, Mapping) else {}
+    # A split that was read elsewhere is another one, and has as a rule another size.
+    known |= {f"{name} of the data": data[name] for name in _DATA if name in data}
     return {name.replace("_", " "): value for name, value in {**found, **known}.items()}
 
 
@@ -232,46 +238,6 @@ def refuse_diverged(items: Items) -> None:
         )
 
 
-def ranks_of(record: RunRecord, entry: int) -> dict[str, int]:
-    """Return the ranks of a record at the start (0) or at the end (-1).
-
-    Args:
-        record: The record.
-        entry: Which entry of ``ranks_over_time``.
-
-    Returns:
-        Rank per target; those of the plan where no ranks were recorded; empty where there is none.
-    """
-    over_time = record.ranks_over_time
-    last = over_time[entry] if over_time else None
-    if isinstance(last, list) and len(last) == 2 and isinstance(last[1], Mapping):
-        return {str(k): v for k, v in last[1].items() if _is_whole(v)}
-    return _of_plan(record, "rank")
-
-
-def parameters_of(record: RunRecord) -> dict[str, int]:
-    """Return the parameters per target of a record's plan.
-
-    Args:
-        record: The record.
-
-    Returns:
-        Parameters per target; empty without a plan.
-    """
-    return _of_plan(record, "parameters")
-
-
-def _of_plan(record: RunRecord, name: str) -> dict[str, int]:
-    targets = (record.plan or {}).get("targets")
-    if not isinstance(targets, Mapping):
-        return {}
-    return {
-        str(target): entry[name]
-        for target, entry in targets.items()
-        if isinstance(entry, Mapping) and _is_whole(entry.get(name))
-    }
-
-
 def _run_id(about: Mapping[str, Any], words: Mapping[str, str], rate: Any) -> str:
     said = about.get("run")
     if isinstance(said, str) and said:
@@ -293,15 +259,11 @@ def _metric(about: Mapping[str, Any], status: str) -> str | None:
 
 def _text(about: Mapping[str, Any], name: str) -> str:
     value = about.get(name)
-    if name == "budget" and _is_whole(value):
+    if name == "budget" and is_whole(value):
         return str(value)
     if not isinstance(value, str) or not value:
         raise DataError(f"its comparison's '{name}' is {value!r}, no text")
     return value
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _number(value: Any) -> float | None:

@@ -8,7 +8,8 @@ import numpy as np
 from scipy import stats
 
 from gradrank.evidence.findings import Stability
-from gradrank.evidence.runs import Run, parameters_of, ranks_of
+from gradrank.evidence.runs import Run
+from gradrank.evidence.shapes import parameters_of, ranks_of
 
 
 def rank_agreement(first: Mapping[str, int], second: Mapping[str, int]) -> float | None:

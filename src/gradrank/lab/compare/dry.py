@@ -134,7 +134,6 @@ def rehearsal(path: Path) -> Rehearsal:
             found.append(_cell(recipe, task, variant, budget))
         except GradrankError as error:
             problems.add(str(error), f"{task.label} · {variant.label} · {budget}")
-    _check_reference(recipe, problems)
     if problems.where:
         raise OptionError(problems.told(f"recipe '{path.name}'"))
     steps, tokens = (_total(recipe, found, unit) for unit in ("steps", "tokens"))
@@ -200,28 +199,6 @@ def _options(variant: Variant, config: RunConfig, long: Length) -> tuple[tuple[s
     step = config.batch_size * config.accumulate
     found = options_in_steps(variant.options, examples, step)
     return tuple((key, str(value)) for key, value in found.items())
-
-
-def _check_reference(recipe: Recipe, problems: _Problems) -> None:
-    """Note every group of arms that would have nothing to be compared with."""
-    arms: dict[tuple[str, str], list[str]] = {}
-    for task, variant, budget in cells(recipe):
-        arms.setdefault((task.label, budget), []).append(variant.label)
-    for (task, budget), labels in arms.items():
-        if recipe.reference not in labels:
-            problems.add(
-                f"the reference '{recipe.reference}' does not run there, so that nothing can be "
-                f"compared with it; these do: {', '.join(labels)}. Name one that runs at every "
-                "budget as 'reference', or leave the budget out.",
-                f"{task} · {budget}",
-            )
-    for variant in recipe.variants:
-        if not any(variant.label in labels for labels in arms.values()):
-            problems.add(
-                f"it runs at no budget; its own are {', '.join(variant.budgets)}. Name budgets of "
-                "the recipe or of a task.",
-                variant.label,
-            )
 
 
 def _runs(recipe: Recipe, found: list[Cell]) -> dict[str, int]:
