@@ -132,7 +132,12 @@ class Grid:
 
     def all_runs(self) -> list[GridRun]:
         """Return every run of the grid as it is known now."""
-        return [*self.tuning(), *self.final(), *self.stability()]
+        rates = self._rates()  # once: it reads every record of the search
+        return [
+            *self.tuning(),
+            *final_runs(self.recipe, rates),
+            *stability_runs(self.recipe, rates),
+        ]
 
     def comparison(self) -> tuple[Comparison, Found]:
         """Return what the finished runs are evidence of."""
@@ -197,12 +202,11 @@ class Grid:
     def _tuned(self, missing: list[GridRun]) -> list[GridRun]:
         """Return the runs whose rate is known; the others fail, since no rate of theirs worked."""
         searched, rates = {cell_of(run) for run in self.tuning()}, self._rates()
-        kept = [run for run in missing if cell_of(run) not in searched or cell_of(run) in rates]
-        for run in missing:
-            if run not in kept and not self.stopped:
-                self.store.save(run, failed(run, self.recipe, NO_RATE))
-                self.failures.append(run.id)
-        return kept
+        lost = [run for run in missing if cell_of(run) in searched - rates.keys()]
+        for run in lost:
+            self.store.save(run, failed(run, self.recipe, NO_RATE))
+            self.failures.append(run.id)
+        return [run for run in missing if run not in lost]
 
     def _events(self, missing: list[GridRun]) -> Iterator[Event]:
         assert self._pool is not None
