@@ -1,6 +1,7 @@
 """Models: from folders, packages and code; safetensors only; clear refusals."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -250,5 +251,5 @@ def test_environment_names_no_host_and_no_folder():
     assert told["dtype"] == "float32"
     assert told["versions"]["torch"] == torch.__version__.split("+")[0] or told["versions"]["torch"]
     assert str(Path.home()) not in found
-    assert lab_models.os.uname().nodename not in found
+    assert os.uname().nodename not in found
     assert not version("surely-not-installed")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gradrank.cli.doctor_findings import NO, NOTE, OK, Finding, homely
+from gradrank.core.switches import switched_on
 
 SECTION, SETTINGS = "machine", "settings"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -113,7 +114,7 @@ def network_finding(environment: Mapping[str, str]) -> Finding:
     Returns:
         The finding.
     """
-    on = [n for n in OFFLINE if environment.get(n, "").lower() in {"1", "true", "yes", "on"}]
+    on = [name for name in OFFLINE if switched_on(name, environment)]
     if on:
         told = f"{', '.join(on)} set: hub names are looked up in the local cache only"
         return Finding(SETTINGS, "network", NOTE, told, f"unset {' '.join(on)} to ask the hub")

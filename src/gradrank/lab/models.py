@@ -5,7 +5,6 @@ asks for it.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from gradrank.core.errors import DataError, GradrankError, OptionError, nearest
+from gradrank.core.switches import switched_on
 from gradrank.lab.arms import stray_weights
 from gradrank.lab.environment import resolve_device, resolve_dtype
 from gradrank.lab.locate import Say, known_models, locate
@@ -274,7 +274,7 @@ def _hub_errors(spec: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, GradrankError):
             raise
-        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+        offline = switched_on("HF_HUB_OFFLINE")
         detail = str(error).strip().splitlines()
         mode = " HF_HUB_OFFLINE is set, so only its cache was searched." if offline else ""
         told = f"model '{spec}' could not be loaded ({detail[0] if detail else error!r})."

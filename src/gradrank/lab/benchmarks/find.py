@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from gradrank.core.errors import DataError
+from gradrank.core.switches import switched_on
 from gradrank.lab.benchmarks.task import Where
 
 VARIABLE = "GRADRANK_DATA"
 T = TypeVar("T")
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-_ON = {"1", "true", "yes", "on"}
 
 
 def data_folders(where: Where) -> list[Path]:
@@ -59,7 +59,7 @@ def find_file(where: Where, names: Sequence[str]) -> Path | None:
 
 def offline() -> bool:
     """Tell whether the environment forbids asking the hub."""
-    return any(os.environ.get(name, "").lower() in _ON for name in _OFFLINE)
+    return any(switched_on(name) for name in _OFFLINE)
 
 
 def from_hub(task: str, hub: str, where: Where, wanted: str, read: Callable[[], T]) -> T:
