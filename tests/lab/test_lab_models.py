@@ -17,7 +17,6 @@ from transformers import (
 )
 
 from gradrank.core.errors import DataError, GradrankError, OptionError
-from gradrank.lab import models as lab_models
 from gradrank.lab.environment import environment, resolve_device, resolve_dtype, version
 from gradrank.lab.locate import known_models
 from gradrank.lab.models import check_head, position_limit, resolve_model
