@@ -31,10 +31,10 @@ from benchmarks.training import (
     train_in_turns,
     uniform,
 )
-from peft import get_peft_model
 
 import gradrank as gr
 from gradrank.lab.adalora import adalora_config
+from gradrank.lab.adalora_model import attach_adalora
 from gradrank.lab.adalora_run import AdaLoraDriver
 from gradrank.signals.facts import find_targets
 
@@ -105,7 +105,7 @@ def _peft(args: argparse.Namespace) -> Variant:
         scaling=SCALING,
         **schedule(args),
     )
-    model: Any = get_peft_model(base, config)
+    model = attach_adalora(base, config)
     optimizer = optimizer_of(model)
     driver = AdaLoraDriver(model)
 
