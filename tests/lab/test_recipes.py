@@ -12,7 +12,7 @@ from benchmarks.pilora_parameters.shapes import build_shapes
 from gradrank.core.budget import Budget
 from gradrank.core.errors import DataError, GradrankError
 from gradrank.core.targets import Target
-from gradrank.lab.compare.grid import cells, final_runs, stability_runs, tuning_runs
+from gradrank.lab.compare.grid import final_runs, stability_runs, tuning_runs
 from gradrank.lab.compare.recipe import Recipe
 from gradrank.lab.recipes import read
 from gradrank.lab.tasks import TASKS
@@ -50,7 +50,7 @@ def test_recipes_of_the_repository_are_whole(path: Path) -> None:
     recipe = read(path)
     assert recipe.name == path.stem
     assert recipe.reference in {variant.label for variant in recipe.variants}
-    for task, variant, _ in cells(recipe):
+    for task, variant, _ in recipe.cells():
         assert recipe.config(task, variant).task in TASKS
     assert "loader comes with" not in path.read_text(encoding="utf-8")
 
@@ -62,7 +62,7 @@ def test_recipes_of_full_size_have_five_seeds_and_say_what_they_stand_for(path: 
     paper = {"gard": "GARD", "igu": "IGU-LoRA", "pilora": "PiLoRA"}[path.stem.split("-")[0]]
     assert recipe.source.startswith(paper)
     # Without a search the question is not which method is better.
-    assert recipe.rates or path.stem == "pilora-figure-3"
+    assert recipe.rates.everywhere or path.stem == "pilora-figure-3"
     assert path.read_text(encoding="utf-8").startswith("#")
 
 
@@ -247,6 +247,25 @@ def test_a_search_gives_every_method_as_many_trials(tmp_path: Path) -> None:
     assert {run.seed for run in tuning_runs(recipe)} == {1000}
 
 
+def test_rates_may_differ_between_budgets(tmp_path: Path) -> None:
+    own = {"uniform:2": [3e-3, 4e-3]}
+    changes = {
+        **SEARCH,
+        "learning_rates": {"uniform:2": [1e-2, 2e-2], 5000: [1e-3, 2e-3]},
+        "methods": ["uniform", {"method": "gard", "learning_rates": own}],
+    }
+    recipe = read(written(tmp_path, **changes))
+    found = {(run.label, run.budget): set[float]() for run in tuning_runs(recipe)}
+    for run in tuning_runs(recipe):
+        found[run.label, run.budget].add(run.config.lr)
+    assert found == {
+        ("uniform", "uniform:2"): {1e-2, 2e-2},
+        ("uniform", "5000"): {1e-3, 2e-3},
+        ("gard", "uniform:2"): {3e-3, 4e-3},
+        ("gard", "5000"): {1e-3, 2e-3},  # what it does not name is the recipe's
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -277,7 +296,10 @@ def test_a_search_gives_every_method_as_many_trials(tmp_path: Path) -> None:
         ({"methods": [{"method": "uniform"}, {"method": "uniform"}]}, "labelled 'uniform'"),
         ({"methods": [{"method": "gard"}]}, "reference 'uniform' is none of its methods"),
         ({"reference": "unifrom"}, "Did you mean 'uniform'"),
-        ({"methods": [{"method": "uniform", "budgets": ["uniform:3"]}]}, "none of the recipe's"),
+        (
+            {"methods": [{"method": "uniform", "budgets": ["uniform:3"]}]},
+            "none of those that run",
+        ),
         (
             {
                 "tasks": ["tiny-lm", {"task": "tiny-sentiment", "budgets": [9000]}],
@@ -314,7 +336,35 @@ def test_a_search_gives_every_method_as_many_trials(tmp_path: Path) -> None:
                 **SEARCH,
                 "methods": [{"method": "uniform"}, {"method": "full", "learning_rates": [1]}],
             },
-            "as many trials as the others",
+            "'full' searches 1 learning rates at budget 'uniform:2', .* search 2",
+        ),
+        (
+            {**SEARCH, "learning_rates": {5000: [1e-3, 2e-3]}},
+            "'uniform' searches 0 learning rates at budget 'uniform:2', .* search 2",
+        ),
+        ({**SEARCH, "learning_rates": {}}, "'learning_rates' is an empty mapping"),
+        ({**SEARCH, "learning_rates": {5000: 1e-3}}, "one such list for each budget"),
+        ({**SEARCH, "learning_rates": {"lots": [1e-3]}}, "'lots' is not understood"),
+        (
+            {**SEARCH, "learning_rates": {"uniform:3": [1e-3]}},
+            "'learning_rates' names the budget 'uniform:3', .* uniform:2, 5000",
+        ),
+        (
+            {
+                **SEARCH,
+                "tasks": [{"task": "tiny-lm", "learning_rates": {9000: [1e-3, 2e-3]}}],
+            },
+            "task 'tiny-lm': 'learning_rates' names the budget '9000'",
+        ),
+        (
+            {
+                **SEARCH,
+                "methods": [
+                    "uniform",
+                    {"method": "gard", "budgets": [5000], "learning_rates": {"uniform:2": [1, 2]}},
+                ],
+            },
+            "method 'gard', under 'learning_rates', names the budget 'uniform:2', .* 5000",
         ),
     ],
 )
@@ -326,7 +376,7 @@ def test_wrong_recipes_are_refused(tmp_path: Path, changes: dict[str, object], s
 def test_a_budget_at_which_nobody_runs_needs_no_reference(tmp_path: Path) -> None:
     # Two budgets are the recipe's; both arms name one of them.
     arms = [{"method": "uniform", "budgets": [5000]}, {"method": "gard", "budgets": [5000]}]
-    assert {budget for _, _, budget in cells(read(written(tmp_path, methods=arms)))} == {"5000"}
+    assert {budget for _, _, budget in read(written(tmp_path, methods=arms)).cells()} == {"5000"}
 
 
 def test_choices_are_scored_by_likelihood_and_other_tasks_beside_them_stay(tmp_path: Path) -> None:
@@ -337,7 +387,7 @@ def test_choices_are_scored_by_likelihood_and_other_tasks_beside_them_stay(tmp_p
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.parent.name)
 def test_recipes_of_the_results_can_be_read_again(path: Path) -> None:
-    assert list(cells(read(path)))
+    assert list(read(path).cells())
 
 
 def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 from gradrank.core.budget import Budget
 from gradrank.core.errors import DataError, OptionError, nearest
 from gradrank.lab.baselines.registry import create_baseline, find_baseline, is_baseline
-from gradrank.lab.benchmarks.task import check_scoring
-from gradrank.lab.compare.recipe import Recipe, TaskEntry, Variant
+from gradrank.lab.compare.recipe import Rates, Recipe, TaskEntry, Variant
 from gradrank.lab.epochs import options_in_steps
-from gradrank.lab.tasks import TASKS
+from gradrank.lab.recipe_checks import check_whole
 from gradrank.methods.registry import METHODS, create
 from gradrank.presets.strict import read_yaml
 from gradrank.record.checks import shown
@@ -65,7 +64,7 @@ def read(path: Path) -> Recipe:
         calibration_seeds=_seeds(data.get("calibration_seeds", []), "calibration_seeds", where),
         reference=str(data.get("reference", "uniform")),
     )
-    _check_whole(recipe, where)
+    check_whole(recipe, where)
     return recipe
 
 
@@ -97,72 +96,6 @@ def _check_keys(data: Mapping[str, Any], where: str) -> None:
             raise DataError(f"{where}: '{key}' must be a {kind.__name__}, not empty.")
     if not isinstance(data.get("tasks", []), list):
         raise DataError(f"{where}: 'tasks' must be a list.")
-
-
-def _check_whole(recipe: Recipe, where: str) -> None:
-    labels = [variant.label for variant in recipe.variants]
-    if recipe.reference not in labels:
-        raise OptionError(
-            f"{where}: the reference '{recipe.reference}' is none of its methods. "
-            f"{nearest(recipe.reference, labels)}"
-        )
-    _check_seeds(recipe, where)
-    for task in recipe.tasks:
-        trials = {len(recipe.rates_of(task, variant)) for variant in recipe.variants}
-        if len(trials) > 1:
-            raise OptionError(
-                f"{where}, task '{task.label}': methods search {sorted(trials)} learning rates. "
-                "Give each as many trials as the others."
-            )
-        for variant in recipe.variants:
-            config = recipe.config(task, variant)
-            known = TASKS.get(config.task or "")
-            head, choices = (known.head, known.choices) if known else ("", False)
-            check_scoring(config.scoring, config.task or "", head, choices)
-            if trials != {0} and not config.validation:
-                raise OptionError(
-                    f"{where}, task '{task.label}': learning rates are searched, and no examples "
-                    "are held out to choose by. Set 'validation' (examples) under 'run'."
-                )
-    _check_budgets(recipe, where)
-
-
-def _check_seeds(recipe: Recipe, where: str) -> None:
-    overlap = sorted(set(recipe.seeds) & set(recipe.tuning_seeds))
-    if overlap:
-        raise OptionError(
-            f"{where}: seed {overlap[0]} both chooses learning rates and is reported. Take other "
-            "tuning_seeds."
-        )
-    searched = any(recipe.rates_of(t, v) for t in recipe.tasks for v in recipe.variants)
-    if searched and not recipe.tuning_seeds:
-        raise OptionError(
-            f"{where}: learning rates are given, and 'tuning_seeds' is empty, so that none would "
-            "be searched. Name a seed that is not reported, or leave 'tuning_seeds' out."
-        )
-
-
-def _check_budgets(recipe: Recipe, where: str) -> None:
-    """Refuse budgets at which nobody runs, and those at which the reference does not."""
-    known = list(dict.fromkeys(b for t in recipe.tasks for b in t.budgets or recipe.budgets))
-    for variant in recipe.variants:
-        stray = next((budget for budget in variant.budgets if budget not in known), None)
-        if stray is not None:
-            raise OptionError(
-                f"{where}: method '{variant.label}' names the budget '{stray}', which is none of "
-                f"the recipe's or of a task's: {', '.join(known)}."
-            )
-    reference = next(v for v in recipe.variants if v.label == recipe.reference)
-    for task in recipe.tasks:
-        for budget in task.budgets or recipe.budgets:
-            arms = [v for v in recipe.variants if budget in recipe.budgets_of(task, v)]
-            if arms and reference not in arms:
-                raise OptionError(
-                    f"{where}, task '{task.label}', budget '{budget}': the reference "
-                    f"'{recipe.reference}' does not run there, so that nothing can be compared "
-                    f"with it; these do: {', '.join(arm.label for arm in arms)}. Name one that "
-                    "runs at every budget as 'reference', or leave the budget out."
-                )
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -245,15 +178,29 @@ def _seeds(found: Any, key: str, where: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _rates(found: Any, where: str) -> tuple[float, ...]:
+def _rates(found: Any, where: str) -> Rates:
+    if not isinstance(found, dict):
+        return Rates(_list_of_rates(found, where))
+    if not found:
+        raise DataError(
+            f"{where}: 'learning_rates' is an empty mapping. Give a list of rates, or one for each "
+            "budget."
+        )
+    names = _budgets(list(found), where)
+    return Rates(
+        at={n: _list_of_rates(own, where) for n, own in zip(names, found.values(), strict=True)}
+    )
+
+
+def _list_of_rates(found: Any, where: str) -> tuple[float, ...]:
     try:
         rates = tuple(float(rate) for rate in found or ())
     except (TypeError, ValueError):
         rates = (0.0,)
     if not all(0 < rate < float("inf") for rate in rates) or len(set(rates)) != len(rates):
         raise DataError(
-            f"{where}: 'learning_rates' must be a list of different positive numbers; found "
-            f"{shown(found)}."
+            f"{where}: 'learning_rates' must be a list of different positive numbers, or one such "
+            f"list for each budget; found {shown(found)}."
         )
     return rates
 

@@ -19,7 +19,7 @@ from gradrank.lab.compare.dry_arms import (
 from gradrank.lab.compare.dry_models import Outline, outline
 from gradrank.lab.compare.dry_tasks import Length, TaskOutline, length, task_outline
 from gradrank.lab.compare.dry_text import recipe_lines
-from gradrank.lab.compare.grid import FINAL, STABILITY, TUNE, cells
+from gradrank.lab.compare.grid import FINAL, STABILITY, TUNE
 from gradrank.lab.compare.recipe import Recipe, TaskEntry, Variant
 from gradrank.lab.epochs import options_in_steps
 from gradrank.lab.recipes import read
@@ -129,7 +129,7 @@ def rehearsal(path: Path) -> Rehearsal:
     recipe = read(path)
     problems = _Problems()
     found: list[Cell] = []
-    for task, variant, budget in cells(recipe):
+    for task, variant, budget in recipe.cells():
         try:
             found.append(_cell(recipe, task, variant, budget))
         except GradrankError as error:
@@ -189,7 +189,7 @@ def _cell(recipe: Recipe, task: TaskEntry, variant: Variant, budget: str) -> Cel
         data=data,
         length=long,
         footprint=footprint(question),
-        trials=len(recipe.rates_of(task, variant)),
+        trials=len(recipe.rates_of(task, variant, budget)),
         measures=measures(question),
     )
 

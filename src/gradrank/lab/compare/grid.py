@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -85,8 +85,8 @@ def tuning_runs(recipe: Recipe) -> list[GridRun]:
     return [
         _run(recipe, TUNE, cell, seed, rate)
         for seed in recipe.tuning_seeds
-        for cell in cells(recipe)
-        for rate in recipe.rates_of(cell[0], cell[1])
+        for cell in recipe.cells()
+        for rate in recipe.rates_of(*cell)
     ]
 
 
@@ -103,7 +103,7 @@ def final_runs(recipe: Recipe, chosen: Mapping[tuple[str, str, str], float]) -> 
     return [
         _run(recipe, FINAL, cell, seed, chosen.get((cell[0].label, cell[1].label, cell[2])))
         for seed in recipe.seeds
-        for cell in cells(recipe)
+        for cell in recipe.cells()
     ]
 
 
@@ -122,25 +122,9 @@ def stability_runs(
     return [
         _run(recipe, STABILITY, cell, seed, _warming_rate(recipe, cell, chosen or {}))
         for seed in recipe.calibration_seeds
-        for cell in cells(recipe)
+        for cell in recipe.cells()
         if _measures(cell[1])
     ]
-
-
-def cells(recipe: Recipe) -> Iterator[tuple[TaskEntry, Variant, str]]:
-    """Yield every cell of the table.
-
-    Args:
-        recipe: The recipe.
-
-    Yields:
-        Task, method and budget.
-    """
-    for task in recipe.tasks:
-        for budget in task.budgets or recipe.budgets:
-            for variant in recipe.variants:
-                if budget in recipe.budgets_of(task, variant):
-                    yield task, variant, budget
 
 
 def _run(

@@ -1,10 +1,31 @@
 """A recipe as data: tasks, methods, budgets, rates and seeds, and the settings of each run."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from gradrank.lab.compare.config import RunConfig, flattened, run_config
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Learning rates to search.
+
+    Attributes:
+        everywhere: Those of every budget that ``at`` does not name.
+        at: Those of single budgets, since the best rate moves with the rank.
+    """
+
+    everywhere: tuple[float, ...] = ()
+    at: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def of(self, budget: str) -> tuple[float, ...]:
+        """Return the rates that are searched at a budget; none where nothing is said about it.
+
+        Args:
+            budget: The budget, as the recipe writes it.
+        """
+        return self.at.get(budget, self.everywhere)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +38,8 @@ class Variant:
         options: Its options.
         run: Settings in which its runs differ from the others'.
         budgets: Budgets it is run at; empty: all of the recipe.
-        rates: Learning rates to search, as many as everybody's; empty: those of the recipe.
+        rates: Learning rates to search, as many as everybody's; where it names none: those of
+            the task or the recipe.
     """
 
     label: str
@@ -25,7 +47,7 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
     budgets: tuple[str, ...] = ()
-    rates: tuple[float, ...] = ()
+    rates: Rates = field(default_factory=Rates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +58,13 @@ class TaskEntry:
         label: What it is called in tables; unique in the recipe.
         run: Settings in which its runs differ from the others'.
         budgets: Its budgets; empty: those of the recipe.
-        rates: Its learning rates to search; empty: those of the recipe.
+        rates: Its learning rates to search; where it names none: those of the recipe.
     """
 
     label: str
     run: Mapping[str, Any] = field(default_factory=dict)
     budgets: tuple[str, ...] = ()
-    rates: tuple[float, ...] = ()
+    rates: Rates = field(default_factory=Rates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +80,7 @@ class Recipe:
         budgets: Budgets.
         seeds: Seeds.
         variants: Methods, baselines and options.
-        rates: Learning rates to search on the validation split; empty: none is searched.
+        rates: Learning rates to search on the validation split; none: none is searched.
         tuning_seeds: Seeds of the search, which are none of ``seeds``.
         calibration_seeds: Seeds of further calibrations, for the stability of allocations.
         reference: Label of the line that the others are compared with.
@@ -72,7 +94,7 @@ class Recipe:
     budgets: tuple[str, ...]
     seeds: tuple[int, ...]
     variants: tuple[Variant, ...]
-    rates: tuple[float, ...] = ()
+    rates: Rates = field(default_factory=Rates)
     tuning_seeds: tuple[int, ...] = ()
     calibration_seeds: tuple[int, ...] = ()
     reference: str = "uniform"
@@ -98,14 +120,28 @@ class Recipe:
         own = task.budgets or self.budgets
         return tuple(b for b in own if b in variant.budgets) if variant.budgets else own
 
-    def rates_of(self, task: TaskEntry, variant: Variant) -> tuple[float, ...]:
+    def rates_of(self, task: TaskEntry, variant: Variant, budget: str) -> tuple[float, ...]:
         """Return the learning rates that are searched for a method on a task.
 
         Args:
             task: The task.
             variant: The method.
+            budget: The budget, as the recipe writes it.
         """
-        return variant.rates or task.rates or self.rates
+        layers = (variant.rates, task.rates, self.rates)
+        return next((found for layer in layers if (found := layer.of(budget))), ())
+
+    def cells(self) -> Iterator[tuple[TaskEntry, Variant, str]]:
+        """Yield every cell of the table.
+
+        Yields:
+            Task, method and budget.
+        """
+        for task in self.tasks:
+            for budget in task.budgets or self.budgets:
+                for variant in self.variants:
+                    if budget in self.budgets_of(task, variant):
+                        yield task, variant, budget
 
 
 def stacked(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
