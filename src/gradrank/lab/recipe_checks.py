@@ -75,11 +75,11 @@ def _check_seeds(recipe: Recipe, where: str) -> None:
 
 def _check_budgets(recipe: Recipe, where: str) -> None:
     """Refuse budgets at which nobody runs, and those at which the reference does not."""
-    known = list(dict.fromkeys(b for t in recipe.tasks for b in t.budgets or recipe.budgets))
+    known = list(dict.fromkeys(b for t in recipe.tasks for b in recipe.budgets_on(t)))
     _check_known(recipe.rates.at, known, f"{where}: 'learning_rates'")
     for task in recipe.tasks:
-        own = task.budgets or recipe.budgets
-        _check_known(task.rates.at, own, f"{where}, task '{task.label}': 'learning_rates'")
+        who = f"{where}, task '{task.label}': 'learning_rates'"
+        _check_known(task.rates.at, recipe.budgets_on(task), who)
     for variant in recipe.variants:
         who = f"{where}: method '{variant.label}'"
         _check_known(variant.budgets, known, who)
@@ -99,7 +99,7 @@ def _check_known(named: Iterable[str], known: Sequence[str], who: str) -> None:
 def _check_reference(recipe: Recipe, where: str) -> None:
     reference = next(v for v in recipe.variants if v.label == recipe.reference)
     for task in recipe.tasks:
-        for budget in task.budgets or recipe.budgets:
+        for budget in recipe.budgets_on(task):
             arms = [v for v in recipe.variants if budget in recipe.budgets_of(task, v)]
             if arms and reference not in arms:
                 raise OptionError(

@@ -186,10 +186,7 @@ def _rates(found: Any, where: str) -> Rates:
             f"{where}: 'learning_rates' is an empty mapping. Give a list of rates, or one for each "
             "budget."
         )
-    names = _budgets(list(found), where)
-    return Rates(
-        at={n: _list_of_rates(own, where) for n, own in zip(names, found.values(), strict=True)}
-    )
+    return Rates(at={_budgets([b], where)[0]: _list_of_rates(r, where) for b, r in found.items()})
 
 
 def _list_of_rates(found: Any, where: str) -> tuple[float, ...]:

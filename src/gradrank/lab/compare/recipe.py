@@ -110,6 +110,14 @@ class Recipe:
         layers = (flattened(part, where) for part in (self.run, task.run, variant.run))
         return run_config(stacked(layers), where)
 
+    def budgets_on(self, task: TaskEntry) -> tuple[str, ...]:
+        """Return the budgets of a task: its own, or those of the recipe.
+
+        Args:
+            task: The task.
+        """
+        return task.budgets or self.budgets
+
     def budgets_of(self, task: TaskEntry, variant: Variant) -> tuple[str, ...]:
         """Return the budgets at which a method runs on a task.
 
@@ -117,7 +125,7 @@ class Recipe:
             task: The task.
             variant: The method.
         """
-        own = task.budgets or self.budgets
+        own = self.budgets_on(task)
         return tuple(b for b in own if b in variant.budgets) if variant.budgets else own
 
     def rates_of(self, task: TaskEntry, variant: Variant, budget: str) -> tuple[float, ...]:
@@ -138,7 +146,7 @@ class Recipe:
             Task, method and budget.
         """
         for task in self.tasks:
-            for budget in task.budgets or self.budgets:
+            for budget in self.budgets_on(task):
                 for variant in self.variants:
                     if budget in self.budgets_of(task, variant):
                         yield task, variant, budget
