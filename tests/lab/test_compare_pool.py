@@ -74,3 +74,10 @@ def test_after_a_stop_nothing_is_handed_out() -> None:
     finally:
         pool.close()
     assert done == [1]
+
+
+def test_silence_is_an_event() -> None:
+    pool = Pool(echo, 1, ("",))
+    pool.beat = 0.01  # a process takes longer than that to start
+    events = carried(pool, [1])
+    assert {(event.job, event.slot) for event in events if event.kind == "quiet"} == {(None, -1)}

@@ -349,6 +349,14 @@ def test_rates_may_differ_between_budgets(tmp_path: Path) -> None:
             {**SEARCH, "learning_rates": {"uniform:3": [1e-3]}},
             "'learning_rates' names the budget 'uniform:3', .* uniform:2, 5000",
         ),
+        (  # a misspelt budget is told as such, and not as missing trials
+            {**SEARCH, "learning_rates": {"uniform:3": [1e-3, 2e-3], 5000: [1e-3, 2e-3]}},
+            "'learning_rates' names the budget 'uniform:3', .* uniform:2, 5000",
+        ),
+        (
+            {**SEARCH, "learning_rates": {5000: [1e-3, 2e-3], "5000": [3e-3, 4e-3]}},
+            "the key '5000' stands twice",
+        ),
         (
             {
                 **SEARCH,
@@ -402,3 +410,14 @@ def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "code.yaml").write_text("!!python/object/apply:os.getcwd []\n", encoding="utf-8")
     with pytest.raises(DataError, match="is not valid YAML"):
         read(tmp_path / "code.yaml")
+
+
+def test_a_budget_that_is_written_two_ways_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, **SEARCH)
+    rates = "learning_rates: {5000: [0.001, 0.002], 5_000: [0.003, 0.004]}"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("learning_rates"))
+    end = next(i for i in range(start + 1, len(lines)) if not lines[i].startswith((" ", "-")))
+    path.write_text("\n".join([*lines[:start], rates, *lines[end:]]), encoding="utf-8")
+    with pytest.raises(GradrankError, match="two keys are written differently and are the same"):
+        read(path)

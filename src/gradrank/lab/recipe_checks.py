@@ -24,6 +24,8 @@ def check_whole(recipe: Recipe, where: str) -> None:
             f"{where}: the reference '{recipe.reference}' is none of its methods. "
             f"{nearest(recipe.reference, labels)}"
         )
+    # A misspelt budget would have no rates, and be told of missing trials otherwise.
+    _check_budgets(recipe, where)
     _check_seeds(recipe, where)
     for task in recipe.tasks:
         searched = _trials(recipe, task, where) > 0
@@ -37,7 +39,6 @@ def check_whole(recipe: Recipe, where: str) -> None:
                     f"{where}, task '{task.label}': learning rates are searched, and no examples "
                     "are held out to choose by. Set 'validation' (examples) under 'run'."
                 )
-    _check_budgets(recipe, where)
 
 
 def _trials(recipe: Recipe, task: TaskEntry, where: str) -> int:

@@ -58,4 +58,9 @@ class _Plain(yaml.SafeLoader):
                     None, None, f"the key {key.value!r} stands twice", key.start_mark
                 )
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
-        return super().construct_mapping(node, deep)
+        data = super().construct_mapping(node, deep)
+        if len(data) < len(node.value):  # 5000 and 5_000 are one number
+            raise ConstructorError(
+                None, None, "two keys are written differently and are the same", node.start_mark
+            )
+        return data

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+_BEAT = 10.0  # seconds until silence is an event
 # What BLAS and OpenMP read when they are loaded; a worker that took all cores would slow the rest.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -30,9 +31,9 @@ class Event:
     """What a worker had to say.
 
     Attributes:
-        kind: ``started``, ``progress``, ``done`` or ``died``.
-        job: The job.
-        slot: Number of the worker.
+        kind: ``started``, ``progress``, ``done``, ``died``; ``quiet`` if nobody had anything.
+        job: The job; None of ``quiet``.
+        slot: Number of the worker; -1 of ``quiet``.
         detail: Of ``progress``: step, steps, loss; of ``died``: why, in words.
     """
 
@@ -47,7 +48,10 @@ class Pool:
 
     Attributes:
         stopping: Set it, and no further job is handed out.
+        beat: Seconds after which silence is an event.
     """
+
+    beat = _BEAT
 
     def __init__(
         self,
@@ -94,7 +98,10 @@ class Pool:
             busy = {worker.pipe: worker for worker in self._workers if worker.job is not None}
             if not busy:
                 return
-            for pipe in wait(list(busy)):
+            heard = wait(list(busy), self.beat)
+            if not heard:
+                yield Event("quiet", None, -1)
+            for pipe in heard:
                 yield from self._hear(busy[pipe])  # pyright: ignore[reportArgumentType]
 
     def close(self, kill: bool = False) -> None:

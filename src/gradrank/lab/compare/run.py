@@ -2,8 +2,7 @@
 
 import contextlib
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,17 +15,17 @@ from gradrank.evidence.comparison import Comparison, compare
 from gradrank.evidence.metrics import METRICS
 from gradrank.lab.compare.bench import Bench
 from gradrank.lab.compare.grid import FINAL, GridRun, final_runs, stability_runs, tuning_runs
-from gradrank.lab.compare.pool import Event, Pool
+from gradrank.lab.compare.pool import Pool
 from gradrank.lab.compare.process import main
 from gradrank.lab.compare.recipe import Recipe
 from gradrank.lab.compare.store import Found, Store
+from gradrank.lab.compare.telling import Say, Telling
 from gradrank.lab.compare.tuning import Cell, cell_of, chosen_rates
 from gradrank.lab.compare.worker import failed
 from gradrank.lab.locate import locate
 from gradrank.lab.recipes import read
 from gradrank.record import RunRecord
 
-Say = Callable[[str], None]
 NO_RATE = "no learning rate that was searched for this arm worked: see its tuning runs"
 
 
@@ -40,7 +39,7 @@ class Grid:
         data_dir: Folder with public data, or None.
         workers: Processes.
         retry: Whether runs that failed are tried again.
-        say: Receives one line per finished run.
+        say: Receives one line per finished run, and what is in hand after a minute of silence.
         metric: Metric to report instead of each task's own.
         stopped: Set it to end after the runs that are being carried out.
         failures: Runs that failed since the grid was taken up, by their names.
@@ -182,22 +181,21 @@ class Grid:
         missing = self.missing(runs)
         if not missing or self.stopped or self._pool is None:
             return
-        phase, started, done = missing[0].phase, time.monotonic(), 0
+        phase = missing[0].phase
         if phase == FINAL:
             missing = self._tuned(missing)
         self.say(f"{phase}: {len(missing)} of {len(runs)} runs to do")
-        for event in self._events(missing):
-            run = GridRun.from_dict(event.job)
-            if event.kind == "died":
-                self.store.save(run, failed(run, self.recipe, str(event.detail)))
+        telling = Telling(phase, len(missing), self.say)
+        for event in self._pool.run([run.to_dict() for run in missing]):
+            telling.hear(event)
             if event.kind in {"done", "died"}:
-                done += 1
-                if (record := self._record(run)) is None or record.status != "finished":
+                run = GridRun.from_dict(event.job)
+                if event.kind == "died":
+                    self.store.save(run, failed(run, self.recipe, str(event.detail)))
+                record = self.store.read([run]).records.get(run.id)
+                if record is None or record.status != "finished":
                     self.failures.append(run.id)
-                left = (time.monotonic() - started) / done * (len(missing) - done)
-                self.say(
-                    f"{phase} {done}/{len(missing)}  {self._told(run, record)}  {_span(left)} left"
-                )
+                telling.finished(run, record)
 
     def _tuned(self, missing: list[GridRun]) -> list[GridRun]:
         """Return the runs whose rate is known; the others fail, since no rate of theirs worked."""
@@ -207,23 +205,6 @@ class Grid:
             self.store.save(run, failed(run, self.recipe, NO_RATE))
             self.failures.append(run.id)
         return [run for run in missing if run not in lost]
-
-    def _events(self, missing: list[GridRun]) -> Iterator[Event]:
-        assert self._pool is not None
-        yield from self._pool.run([run.to_dict() for run in missing])
-
-    def _record(self, run: GridRun) -> RunRecord | None:
-        return self.store.read([run]).records.get(run.id)
-
-    def _told(self, run: GridRun, record: RunRecord | None) -> str:
-        name = f"{run.task} · {run.label} · {run.budget} · seed {run.seed}"
-        if record is None or record.comparison is None:
-            return f"{name}: no record"
-        if record.status != "finished":
-            return f"{name}: FAILED: {record.comparison.get('message')}"
-        metric = record.comparison.get("metric")
-        value = record.metrics.get(str(metric))
-        return name if value is None else f"{name} · lr {run.config.lr:g}: {metric} {value:.4f}"
 
 
 @contextlib.contextmanager
@@ -299,9 +280,3 @@ def _keep(kept: Path, text: str) -> None:
         raise OutputError(explain_os_error(error, kept)) from error
     with alone(kept.parent):
         write_text(kept, text)
-
-
-def _span(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
