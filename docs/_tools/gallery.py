@@ -51,7 +51,7 @@ REPORTS = {
     "pruning": ("uniform", "igu", "adalora", "igu-direction"),
     "neurons": ("uniform", "pilora", "hybrid"),
 }
-GRIDS = ("encoder", "encoder-tight", "decoder")
+GRIDS = ("encoder", "encoder-tight", "decoder", "decoder-tight", "vision")
 # Figure of a method's page: the runs that it is drawn from, and its name in the report.
 DRAWN = {
     "gard": (("gard",), "effective-rank-heat-map"),
